@@ -1,0 +1,99 @@
+"""The field's losses as plain functions. Numbers in brackets are sections of the papers' common notation, see each docstring.
+
+A term is a scalar whose mean over ranks is the term of the global batch: a mean over samples is right as written; whatever
+couples samples or stands before a clamp, hinge, log or norm goes through `ranks`. Everything is computed in at least fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkd import ranks
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Half precisions are computed in fp32; fp32 and fp64 stay."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of hard labels: the one-hot loss of inversion methods.
+
+    Args:
+      logits: [B, C] or dense [B, C, *S].
+      labels: int64 [B] or [B, *S], 0 … C - 1.
+    """
+    return F.cross_entropy(_wide(logits), labels)
+
+
+def kl_rows(teacher: Tensor, student: Tensor, tau: float = 1.0) -> Tensor:
+    """KL(teacher ‖ student) of softmax(logits / tau), one value a row, not scaled by tau².
+
+    Args:
+      teacher, student: logits [B, C] (class axis 1; further axes are kept).
+    Returns:
+      [B] (or [B, *S]).
+    """
+    log_t, log_s = F.log_softmax(_wide(teacher) / tau, 1), F.log_softmax(_wide(student) / tau, 1)
+    return (log_t.exp() * (log_t - log_s)).sum(1)
+
+
+def kl_tau(teacher: Tensor, student: Tensor, tau: float) -> Tensor:
+    """Distillation loss tau² · mean_b KL(teacher ‖ student) at temperature tau (Hinton et al. 2015, "batchmean")."""
+    return tau**2 * kl_rows(teacher, student, tau).mean()
+
+
+def l1_logit(teacher: Tensor, student: Tensor) -> Tensor:
+    """Mean absolute difference of logits over batch and classes (DFAD, Fang et al. 2019)."""
+    return (_wide(student) - _wide(teacher)).abs().mean()
+
+
+def agreement(teacher: Tensor, student: Tensor) -> Tensor:
+    """1 where both networks name the same class, else 0: [B], dtype of the logits, no gradient."""
+    return (teacher.argmax(1) == student.argmax(1)).to(_wide(teacher).dtype)
+
+
+def adv_masked_kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """-(1/B) Σ_b 1[argmax s_b = argmax t_b] KL(t_b ‖ s_b): images on which the student disagrees, where it still names the same class.
+
+    The mean is over the whole batch, not over the mask (CMI, Fang et al. 2021); gradient flows through both networks' logits.
+    """
+    return -(agreement(teacher, student) * kl_rows(teacher, student)).mean()
+
+
+def gaussian_mask(height: int, width: int, sigma: float, *, like: Tensor) -> Tensor:
+    """exp(-((i - ci)² + (j - cj)²) / (2 sigma²)) on an h × w grid around its centre, sigma in cells: [h, w] in (0, 1]."""
+    i = torch.arange(height, device=like.device, dtype=like.dtype) - (height - 1) / 2
+    j = torch.arange(width, device=like.device, dtype=like.dtype) - (width - 1) / 2
+    return torch.exp(-(i[:, None] ** 2 + j[None, :] ** 2) / (2 * sigma**2))
+
+
+def cam_to_mask(cam: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared distance of normalised class activation maps [B, h, w] from a target mask [h, w] (MUSE, L_cam)."""
+    return (_wide(cam) - mask).square().mean()
+
+
+def embedding_distance(projected: Tensor, embedding: Tensor) -> Tensor:
+    """Mean squared error of each row over the embedding axis: [B, d], [B, d] → [B]."""
+    return (_wide(projected) - embedding).square().mean(1)
+
+
+def hinge_batch(distance: Tensor, radius: float) -> Tensor:
+    """relu(mean_b distance - radius): no pull inside `radius`; the mean is over the global batch, before the hinge (LANDER).
+
+    Args:
+      distance: [B], one value a sample.
+    """
+    return F.relu(ranks.batch_mean(distance) - radius)
+
+
+def adv_embedding(distance: Tensor, mask: Tensor | None, cap: float | None) -> Tensor:
+    """-(1/B) Σ_b mask_b · min(distance_b, cap): images far from their class's embedding (MUSE, L_aed). At least -cap where set.
+
+    Args:
+      distance: [B]; mask: [B] of 0 and 1, or None for all; cap: upper bound of a distance, or None.
+    """
+    m = distance if cap is None else distance.clamp(max=cap)
+    return -(m if mask is None else mask * m).mean()

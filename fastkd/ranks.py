@@ -1,0 +1,95 @@
+"""Sums, means and gathers over all ranks, differentiable; with one rank: plain torch.
+
+The objective of a run is the mean over ranks of each rank's local loss. Rows of a global batch are dealt like cards:
+rank r holds rows r, r + W, r + 2W, … so that `x[:n]`, `chunk` and `cat` mean the same on any number of ranks.
+The adjoint of an all-reduce is an all-reduce, so every function here is differentiable to any order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world() -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return _AllReduce.apply(grad)
+
+
+class _Gather(torch.autograd.Function):
+    """Local rows [b, …] → global rows [b·W, …] in card order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.stack(parts, 1).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return _AllReduce.apply(grad)[rank() :: world()]
+
+
+def total(x: Tensor) -> Tensor:
+    """Sum of `x` over all ranks, any shape; equal on all of them."""
+    return x if world() == 1 else _AllReduce.apply(x)
+
+
+def mean(x: Tensor) -> Tensor:
+    """Mean of `x` over all ranks, any shape; equal on all of them."""
+    return x if world() == 1 else _AllReduce.apply(x) / world()
+
+
+def batch_mean(x: Tensor, *dims: int) -> Tensor:
+    """Mean over `dims` (default: dimension 0, the batch) and over all ranks: the mean over the global batch."""
+    return mean(x.mean(dims or (0,)))
+
+
+def gather(x: Tensor) -> Tensor:
+    """Rows of all ranks, [b, …] → [b·W, …], in the order of the global batch; differentiable."""
+    return x if world() == 1 else _Gather.apply(x)
+
+
+def max(x: Tensor) -> Tensor:
+    """Largest value of each element over all ranks; no gradient."""
+    if world() == 1:
+        return x.detach()
+    out = x.detach().clone()
+    dist.all_reduce(out, op=dist.ReduceOp.MAX)
+    return out
+
+
+def rows(batch: int) -> range:
+    """Row numbers of a global batch that this rank holds.
+
+    Raises:
+      ValueError: `batch` is not a multiple of the number of ranks.
+    """
+    if batch % world():
+        raise ValueError(f"a global batch of {batch} rows cannot be dealt to {world()} ranks; use a multiple of {world()}")
+    return range(rank(), batch, world())
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's rows of a tensor that holds the global batch on every rank."""
+    return x if world() == 1 else x[rank() :: world()]

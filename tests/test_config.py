@@ -1,0 +1,277 @@
+"""The configuration: recipes, overrides, and one clear sentence for whatever is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from fastkd import config, methods
+from fastkd.errors import ConfigError
+
+TOML_VALUES = st.one_of(
+    st.booleans(),
+    st.integers(-(2**31), 2**31),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), max_size=12),
+)
+
+
+def write(folder: Path, text: str | bytes, name: str = "mine.toml") -> str:
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+@contextmanager
+def refused(*words: str) -> Iterator[None]:
+    """What runs inside is refused with exit code 2, in one line that has all the words."""
+    with pytest.raises(ConfigError) as caught:
+        yield
+    said = str(caught.value)
+    assert caught.value.exit_code == 2 and "\n" not in said
+    assert all(w in said for w in words), f"{words} are not all in: {said}"
+
+
+# Recipes --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", config.recipes())
+def test_recipe_is_valid_and_names_known_things(name: str) -> None:
+    values = config.read_recipe(name)
+    built = config.build(values, name)
+    assert built.method["name"] in methods.names()
+    for part, table in values.items():
+        assert part in config.RunConfig.model_fields
+        if part != "method" and isinstance(table, dict):
+            assert table == getattr(built, part).model_dump(mode="json", include=set(table)), (
+                f"{name}: [{part}] does not come out as it stands there"
+            )
+
+
+@pytest.mark.parametrize("name", config.recipes())
+def test_recipe_fields_are_fields_of_its_method(name: str) -> None:
+    from dataclasses import fields
+
+    table = config.build(config.read_recipe(name)).method
+    known = {f.name for f in fields(methods.method_class(table["name"], table))} | {"name"}
+    assert set(table) <= known, f"{name} sets {sorted(set(table) - known)}"
+
+
+def test_every_method_has_a_digits_recipe() -> None:
+    assert {f"{m}-digits" for m in methods.names()} <= set(config.recipes())
+
+
+def test_no_options_mean_muse_on_the_embedded_teacher() -> None:
+    built = config.resolve(None, {})
+    assert built.method["name"] == "muse"
+    assert built.data == "digits" and str(built.teacher.weights).startswith("embedded:") and built.student.spec
+
+
+def test_an_option_alone_chooses_the_recipe_of_its_method() -> None:
+    assert config.resolve(None, {"method": {"name": "noise"}}).method["name"] == "noise"
+
+
+def test_order_recipe_then_options_then_sets(tmp_path: Path) -> None:
+    recipe = write(tmp_path, 'seed = 1\npoll = 3\ndata = "a"\n[method]\nname = "fast"\nepochs = 7\n')
+    built = config.resolve(recipe, {"seed": 2, "data": "b"}, ["data=c", "method.batch=9"])
+    assert (built.poll, built.seed, built.data) == (3, 2, "c")
+    assert built.method == {"name": "fast", "epochs": 7, "batch": 9}
+
+
+def test_bom_is_no_obstacle(tmp_path: Path) -> None:
+    assert config.read_recipe(write(tmp_path, b"\xef\xbb\xbfseed = 5\n")) == {"seed": 5}
+
+
+def test_unknown_recipe_names_the_nearest() -> None:
+    with refused("unknown recipe 'muse-digit'", "muse-digits"):
+        config.read_recipe("muse-digit")
+
+
+def test_recipe_that_is_not_there(tmp_path: Path) -> None:
+    with refused("not there", "gone.toml"):
+        config.read_recipe(str(tmp_path / "gone.toml"))
+
+
+def test_recipe_that_is_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "folder.toml").mkdir()
+    with refused("is a directory"):
+        config.read_recipe(str(tmp_path / "folder.toml"))
+
+
+@pytest.mark.parametrize("text", ["a = ", "[method\nname = 1", "method = {", "a = 1\na = 2", b"\xff\xfe\x00", b"a = '\x80'"])
+def test_recipe_that_is_not_toml_names_the_file(tmp_path: Path, text: str | bytes) -> None:
+    path = write(tmp_path, text)
+    with refused(path, "not TOML"):
+        config.read_recipe(path)
+
+
+def test_ten_megabytes_are_not_read(tmp_path: Path) -> None:
+    with refused("10 MiB", "below 1 MiB"):
+        config.read_recipe(write(tmp_path, b"# " + b"x" * (10 << 20)))
+
+
+@pytest.mark.parametrize("part", ["teacher", "student"])
+def test_code_in_a_recipe_is_refused(tmp_path: Path, part: str) -> None:
+    with refused("code", f"{part}.spec", "command line"):
+        config.read_recipe(write(tmp_path, f'[{part}]\nspec = "py:net.py:make"\n'))
+
+
+def test_code_on_the_command_line_is_taken() -> None:
+    built = config.resolve(None, {"teacher": {"spec": "py:net.py:make", "weights": "w"}, "student": {"spec": "py:net.py:small"}})
+    assert built.student.spec == "py:net.py:small"
+
+
+def test_recipe_of_another_method_is_refused() -> None:
+    with refused("is for method 'muse'", "'fast'"):
+        config.resolve("muse-digits", {"method": {"name": "fast"}})
+
+
+def test_other_data_need_another_teacher() -> None:
+    with refused("cifar10", "--teacher"):
+        config.resolve(None, {"data": "cifar10"})
+
+
+# Values ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"sead": 1}, ("unknown key 'sead'", "did you mean 'seed'")),
+        ({"teacher": {"weight": "x"}}, ("unknown key 'teacher.weight'", "teacher.weights")),
+        ({"checkpoint": {"evry_minutes": 2}}, ("checkpoint.evry_minutes", "checkpoint.every_minutes")),
+        ({"qqqq": 1}, ("unknown key 'qqqq'", "Known")),
+        ({"seed": "many"}, ("seed is 'many'", "integer")),
+        ({"seed": -1}, ("seed is -1", "greater")),
+        ({"poll": 0}, ("poll is 0", "greater")),
+        ({"precision": "fp8"}, ("precision is 'fp8'", "fp32")),
+        ({"ranks": {"bn": "all"}}, ("ranks.bn is 'all'", "global")),
+        ({"teacher": {"std": [0.2, 0.0, 0.1]}}, ("teacher.std", "0.0", "greater than 0")),
+        ({"teacher": {"classes": 1}}, ("teacher.classes is 1", "greater")),
+        ({"teacher": 3}, ("teacher is 3",)),
+        ({"checkpoint": {"every_minutes": math.nan}}, ("checkpoint.every_minutes is nan", "finite")),
+        ({"checkpoint": {"every_minutes": math.inf}}, ("checkpoint.every_minutes is inf", "finite")),
+        ({"embeddings": {"norm": -math.inf}}, ("embeddings.norm is -inf",)),
+    ],
+)
+def test_wrong_values_in_one_sentence(values: dict, words: tuple[str, ...]) -> None:
+    with refused(*words):
+        config.build(values, "options")
+
+
+@pytest.mark.parametrize("text", ["nan", "-nan", "inf"])
+def test_toml_nan_is_refused(tmp_path: Path, text: str) -> None:
+    with refused("checkpoint.every_minutes", "finite"):
+        config.resolve(write(tmp_path, f"[checkpoint]\nevery_minutes = {text}\n"), {})
+
+
+@pytest.mark.parametrize("item", ["epochs", "=3", " = 3", ""])
+def test_set_without_key_or_value(item: str) -> None:
+    with refused("--set", "KEY=VALUE"):
+        config.parse_sets([item])
+
+
+@pytest.mark.parametrize("item", ["teacher=3", "teacher=x", "checkpoint=1", "student=[1]"])
+def test_set_of_a_whole_section_is_refused(item: str) -> None:
+    with refused(item.partition("=")[0]):
+        config.resolve(None, {}, [item])
+
+
+def test_sets_are_toml_where_they_are_and_text_where_not() -> None:
+    found = config.parse_sets(["a=1", "b=1e-3", "c=true", "d=some text", "e=[1, 2]", "f=none", 'g="3"', "h.i.j=x=y", "k="])
+    assert found == {"a": 1, "b": 1e-3, "c": True, "d": "some text", "e": [1, 2], "f": None, "g": "3", "h": {"i": {"j": "x=y"}}, "k": ""}
+
+
+def test_built_configuration_does_not_change() -> None:
+    built = config.build({})
+    with pytest.raises(ValueError, match="frozen"):
+        built.seed = 3  # type: ignore[misc]
+
+
+def test_method_by_its_name_alone() -> None:
+    assert config.build({"method": "fast"}).method == {"name": "fast"}
+
+
+# Round trips ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", config.recipes())
+def test_recipe_to_json_and_back(name: str) -> None:
+    built = config.build(config.read_recipe(name))
+    assert config.build(json.loads(json.dumps(built.model_dump(mode="json")))) == built
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**63 - 1),
+    minutes=st.floats(1e-3, 1e6),
+    mean=st.lists(st.floats(-10, 10), min_size=1, max_size=4),
+    norm=st.none() | st.floats(1e-3, 1e3),
+    method=st.dictionaries(st.sampled_from(["epochs", "lr_g", "meta", "sizes"]), TOML_VALUES | st.lists(st.integers(0, 9), max_size=3)),
+)
+def test_configuration_to_json_and_back(seed: int, minutes: float, mean: list[float], norm: float | None, method: dict) -> None:
+    built = config.build(
+        {
+            "seed": seed,
+            "checkpoint": {"every_minutes": minutes},
+            "teacher": {"mean": mean},
+            "embeddings": {"norm": norm},
+            "method": {"name": "fast", **method},
+        }
+    )
+    again = config.build(json.loads(json.dumps(built.model_dump(mode="json"))))
+    assert again == built and again.seed == seed and again.embeddings.norm == norm
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.recursive(TOML_VALUES, lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3), max_leaves=6), st.data())
+def test_merge_changes_neither_side(value: object, data: st.DataObject) -> None:
+    base, over = {"a": value, "b": {"c": 1}}, data.draw(st.dictionaries(st.sampled_from("abc"), TOML_VALUES))
+    before = json.dumps([base, over])
+    merged = config.merge(base, over)
+    assert json.dumps([base, over]) == before
+    assert all(merged[k] == v for k, v in over.items()) and set(merged) == set(base) | set(over)
+
+
+@settings(max_examples=60, deadline=None)
+@given(TOML_VALUES)
+def test_parse_value_reads_what_toml_reads(value: object) -> None:
+    text = json.dumps(value)
+    assert config.parse_value(text) == tomllib.loads(f"value = {text}")["value"]
+
+
+def test_configuration_needs_no_torch() -> None:
+    code = "import sys; from fastkd import config; config.resolve(None, {}); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# Documentation --------------------------------------------------------------------------------------------------------
+
+
+def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, object, str]]:
+    """(key, default, description) of a section and of the sections in it."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys_of(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field.get_default(call_default_factory=True), str(field.description)
+
+
+@pytest.mark.parametrize("model", [config.RunConfig, config.TeachConfig])
+def test_documentation_has_every_key_as_the_schema_has_it(model: type[BaseModel]) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    for key, default, description in keys_of(model):
+        if key != "method" and not (model is config.TeachConfig and key.startswith("checkpoint.")):
+            shown = "none" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+            assert f"| `{key}` | {shown} | {description} |" in text, f"docs/configuration.md does not have {key} as the schema has it"

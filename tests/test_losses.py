@@ -1,0 +1,113 @@
+"""Each loss against an independent calculation in NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fastkd import losses
+
+pytestmark = pytest.mark.usefixtures("fp64")
+
+
+def softmax(x, tau=1.0):
+    e = np.exp(x / tau - (x / tau).max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+@pytest.fixture
+def logits(fp64):
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(6, 5)) * 3, rng.normal(size=(6, 5)) * 3
+
+
+@pytest.mark.parametrize("tau", [1.0, 4.0, 20.0])
+def test_kl_tau(logits, tau):
+    t, s = logits
+    p, q = softmax(t, tau), softmax(s, tau)
+    expected = tau**2 * (p * (np.log(p) - np.log(q))).sum(1).mean()
+    assert losses.kl_tau(torch.tensor(t), torch.tensor(s), tau).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_kl_gradient_is_that_of_the_card(logits):
+    t, s = (torch.tensor(x) for x in logits)
+    s.requires_grad_()
+    (g,) = torch.autograd.grad(losses.kl_tau(t, s, 20.0), s)
+    expected = 20 * (torch.softmax(s / 20, 1) - torch.softmax(t / 20, 1)) / len(s)
+    torch.testing.assert_close(g, expected.detach())
+
+
+def test_kl_is_zero_only_where_logits_differ_by_a_constant_per_row(logits):
+    t = torch.tensor(logits[0])
+    assert losses.kl_tau(t, t + torch.arange(6.0)[:, None], 3.0).abs() < 1e-12
+    assert losses.kl_tau(t, t * 1.1, 3.0) > 1e-4
+    order = torch.randperm(6)
+    s = torch.tensor(logits[1])
+    torch.testing.assert_close(losses.kl_tau(t[order], s[order], 3.0), losses.kl_tau(t, s, 3.0))
+
+
+def test_adv_masked_kl(logits):
+    t, s = logits
+    s[:3] = t[:3] + np.array([0.3, -0.2, 0.1, 0.0, 0.05]) * (t[:3].argmax(1) == t[:3].argmax(1))[:, None]
+    mask = t.argmax(1) == s.argmax(1)
+    assert 0 < mask.sum() < 6
+    p, q = softmax(t), softmax(s)
+    expected = -(mask * (p * (np.log(p) - np.log(q))).sum(1)).sum() / 6  # the whole batch, not the mask's count
+    got = losses.adv_masked_kl(torch.tensor(t), torch.tensor(s))
+    assert got.item() == pytest.approx(expected, rel=1e-12) and got < 0
+
+
+def test_adv_masked_kl_is_zero_with_zero_gradient_where_no_row_agrees():
+    t, s = torch.eye(4).requires_grad_(), torch.eye(4).roll(1, 0).requires_grad_()
+    value = losses.adv_masked_kl(t, s)
+    assert value == 0 and all((g == 0).all() for g in torch.autograd.grad(value, [t, s]))
+
+
+def test_adv_gradient_reaches_both_networks(logits):
+    t, s = torch.tensor(logits[0], requires_grad=True), torch.tensor(logits[0] * 0.5, requires_grad=True)
+    assert all(g.abs().max() > 1e-3 for g in torch.autograd.grad(losses.adv_masked_kl(t, s), [t, s]))
+
+
+def test_l1_and_cross_entropy(logits):
+    t, s = logits
+    assert losses.l1_logit(torch.tensor(t), torch.tensor(s)).item() == pytest.approx(np.abs(t - s).mean())
+    y = np.array([0, 1, 2, 3, 4, 0])
+    expected = -np.log(softmax(t)[np.arange(6), y]).mean()
+    assert losses.cross_entropy(torch.tensor(t), torch.tensor(y)).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("h,w", [(3, 3), (4, 4), (5, 7), (2, 2)])
+def test_gaussian_mask(h, w):
+    mask = losses.gaussian_mask(h, w, h / 4, like=torch.zeros(()))
+    i, j = np.mgrid[:h, :w]
+    expected = np.exp(-((i - (h - 1) / 2) ** 2 + (j - (w - 1) / 2) ** 2) / (2 * (h / 4) ** 2))
+    np.testing.assert_allclose(mask.numpy(), expected)
+    assert torch.equal(mask, mask.flip(0)) and torch.equal(mask, mask.flip(1))
+    assert mask.max() == 1 or h % 2 == 0 or w % 2 == 0
+    assert losses.cam_to_mask(mask.expand(3, h, w), mask) == 0
+
+
+def test_hinge_is_zero_with_zero_gradient_inside_its_radius():
+    projected, target = torch.full((4, 8), 0.1, requires_grad=True), torch.zeros(4, 8)
+    distance = losses.embedding_distance(projected, target)  # 0.01 each
+    inside = losses.hinge_batch(distance, 0.015)
+    assert inside == 0 and (torch.autograd.grad(inside, projected, retain_graph=True)[0] == 0).all()
+    assert losses.hinge_batch(distance, 0.0).item() == pytest.approx(0.01)
+    assert losses.hinge_batch(distance, 0.004).item() == pytest.approx(0.006)
+    # The mean is taken before the hinge: rows inside pay for rows outside.
+    assert losses.hinge_batch(torch.tensor([0.0, 0.02]), 0.015) == 0
+
+
+def test_adv_embedding():
+    m, mask = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1.0, 0.0, 1.0])
+    assert losses.adv_embedding(m, mask, None).item() == pytest.approx(-5 / 3)
+    assert losses.adv_embedding(m, None, None).item() == pytest.approx(-7 / 3)
+    assert losses.adv_embedding(m, None, 1.5).item() == pytest.approx(-4 / 3)
+    assert losses.adv_embedding(m, torch.zeros(3), None) == 0
+
+
+def test_half_precision_is_computed_in_fp32(logits):
+    t, s = (torch.tensor(x).bfloat16() for x in logits)
+    for value in (losses.kl_tau(t, s, 4.0), losses.adv_masked_kl(t, s), losses.l1_logit(t, s)):
+        assert value.dtype == torch.float32
