@@ -1,0 +1,187 @@
+// Small pieces of the CPU kernels. Included by {bn_match,cam,replay}.cpp, which are compiled once per instruction set: all
+// of it is in an unnamed namespace, so that no AVX-512 copy of an inline function can stand in for the portable one.
+#pragma once
+#include <cstring>
+
+#include "common.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace fastkd {
+namespace {
+
+// Sums use this many lanes on every instruction set, and the compiler may not contract multiply-adds (-ffp-contract=off):
+// all variants, and any number of threads, give the same bits.
+constexpr int kLanes = 16;
+
+struct Half { uint16_t bits; };
+struct BFloat { uint16_t bits; };
+
+template <class T> struct Acc { using type = float; };
+template <> struct Acc<double> { using type = double; };
+
+template <class To, class From> inline To bit_cast_(From f) {
+  To t;
+  static_assert(sizeof(To) == sizeof(From), "sizes differ");
+  __builtin_memcpy(&t, &f, sizeof t);
+  return t;
+}
+
+inline float load(float v) { return v; }
+inline double load(double v) { return v; }
+inline float load(BFloat v) { return bit_cast_<float>(uint32_t(v.bits) << 16); }
+inline float load(Half v) {
+  const uint32_t sign = uint32_t(v.bits & 0x8000u) << 16, rest = v.bits & 0x7fffu;
+  if (rest >= 0x7c00u) return bit_cast_<float>(sign | 0x7f800000u | (rest & 0x3ffu) << 13);  // infinity, NaN
+  const float magnitude = bit_cast_<float>(rest << 13) * 0x1p112f;                          // exact, subnormals included
+  return bit_cast_<float>(sign | bit_cast_<uint32_t>(magnitude));
+}
+
+inline void store(float& o, float v) { o = v; }
+inline void store(double& o, double v) { o = v; }
+inline void store(BFloat& o, float v) {  // to nearest even; NaN stays NaN
+  const uint32_t u = bit_cast_<uint32_t>(v);
+  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  o.bits = uint16_t((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : rounded);
+}
+inline void store(Half& o, float v) {
+  const uint32_t u = bit_cast_<uint32_t>(v), sign = (u >> 16) & 0x8000u, mag = u & 0x7fffffffu;
+  if (mag > 0x7f800000u) { o.bits = uint16_t(sign | 0x7e00u); return; }
+  if (mag >= 0x477ff000u) { o.bits = uint16_t(sign | 0x7c00u); return; }                     // rounds past 65504
+  if (mag < 0x38800000u) {                                                                   // subnormal: the adder rounds
+    o.bits = uint16_t(sign | (bit_cast_<uint32_t>(bit_cast_<float>(mag) + 0.5f) - 0x3f000000u));
+    return;
+  }
+  o.bits = uint16_t(sign | ((mag - 0x38000000u + 0xfffu + ((mag >> 13) & 1u)) >> 13));
+}
+
+// Sixteen lanes as an array of registers, in the vector extension of GCC and Clang. (One vector of 64 bytes would be shorter to
+// write, but GCC takes it apart lane by lane where registers are narrower.)
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+template <class A> struct Reg { typedef A type __attribute__((vector_size(kBytes))); };
+typedef uint32_t U32 __attribute__((vector_size(kBytes)));
+typedef uint16_t U16 __attribute__((vector_size(kBytes / 2)));
+
+#define FASTKD_EACH _Pragma("GCC unroll 8") for (int i = 0; i < V::kParts; ++i)
+
+template <class A> struct V {
+  using R = typename Reg<A>::type;
+  static constexpr int kWide = kBytes / int(sizeof(A)), kParts = kLanes / kWide;
+  R r[kParts];
+
+  static inline V all(A v) { V o; FASTKD_EACH o.r[i] = R{} + v; return o; }
+  friend inline V operator+(const V& a, const V& b) { V o; FASTKD_EACH o.r[i] = a.r[i] + b.r[i]; return o; }
+  friend inline V operator-(const V& a, const V& b) { V o; FASTKD_EACH o.r[i] = a.r[i] - b.r[i]; return o; }
+  friend inline V operator*(const V& a, const V& b) { V o; FASTKD_EACH o.r[i] = a.r[i] * b.r[i]; return o; }
+  friend inline V operator*(const V& a, A b) { V o; FASTKD_EACH o.r[i] = a.r[i] * b; return o; }
+  inline V& operator+=(const V& b) { FASTKD_EACH r[i] += b.r[i]; return *this; }
+  inline A operator[](int l) const { return r[l / kWide][l % kWide]; }
+};
+
+// Register by register: a copy of the whole array would go through memory.
+template <class A> inline V<A> vload(const A* p) {
+  using V = fastkd::V<A>;
+  V v;
+  FASTKD_EACH __builtin_memcpy(&v.r[i], p + i * V::kWide, sizeof v.r[i]);
+  return v;
+}
+template <class A> inline void vstore(A* p, const V<A>& v) {
+  using V = fastkd::V<A>;
+  FASTKD_EACH __builtin_memcpy(p + i * V::kWide, &v.r[i], sizeof v.r[i]);
+}
+inline V<float> vload(const BFloat* p) {
+  using V = fastkd::V<float>;
+  V v;
+  FASTKD_EACH {
+    U16 u;
+    __builtin_memcpy(&u, p + i * V::kWide, sizeof u);
+    v.r[i] = (V::R)(__builtin_convertvector(u, U32) << 16);
+  }
+  return v;
+}
+inline void vstore(BFloat* p, const V<float>& v) {
+  using V = fastkd::V<float>;
+  FASTKD_EACH {
+    const U32 u = (U32)v.r[i];
+    const U32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, nan = (u >> 16) | 0x40u;
+    const U16 out = __builtin_convertvector((v.r[i] == v.r[i]) ? rounded : nan, U16);
+    __builtin_memcpy(p + i * V::kWide, &out, sizeof out);
+  }
+}
+
+// X is a scalar or one register. NaN passes through forward and backward as in torch: every comparison is false for it.
+template <int kAct, class A, class X> inline X act_one(X pre, A slope) {
+  const X zero = X{} + A(0), six = X{} + A(6);
+  if constexpr (kAct == kRelu) return pre <= zero ? zero : pre;
+  else if constexpr (kAct == kRelu6) {
+    const X low = pre <= zero ? zero : pre;
+    return low >= six ? six : low;
+  } else if constexpr (kAct == kLeakyRelu) return pre > zero ? pre : pre * slope;
+  else return pre;
+}
+template <int kAct, class A, class X> inline X act_grad_one(X pre, X g, A slope) {
+  const X zero = X{} + A(0), six = X{} + A(6);
+  if constexpr (kAct == kRelu) return pre <= zero ? zero : g;
+  else if constexpr (kAct == kRelu6) {
+    const X low = pre <= zero ? zero : g;
+    return pre >= six ? zero : low;
+  } else if constexpr (kAct == kLeakyRelu) return pre > zero ? g : g * slope;
+  else return g;
+}
+template <int kAct, class A> inline A act(A pre, A slope) { return act_one<kAct, A, A>(pre, slope); }
+template <int kAct, class A> inline A act_grad(A pre, A g, A slope) { return act_grad_one<kAct, A, A>(pre, g, slope); }
+template <int kAct, class A> inline V<A> act(const V<A>& pre, A slope) {
+  using V = fastkd::V<A>;
+  V o;
+  FASTKD_EACH o.r[i] = act_one<kAct, A, typename V::R>(pre.r[i], slope);
+  return o;
+}
+template <int kAct, class A> inline V<A> act_grad(const V<A>& pre, const V<A>& g, A slope) {
+  using V = fastkd::V<A>;
+  V o;
+  FASTKD_EACH o.r[i] = act_grad_one<kAct, A, typename V::R>(pre.r[i], g.r[i], slope);
+  return o;
+}
+
+// Independent units of work over `threads` threads; who runs a unit never changes its result.
+template <class F> inline void parallel(int64_t units, int threads, const F& run) {
+#ifdef _OPENMP
+  const int64_t used = units < threads ? units : threads;
+  if (used > 1) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(int(used))
+    for (int64_t u = 0; u < units; ++u) run(u);
+    return;
+  }
+#else
+  (void)threads;
+#endif
+  for (int64_t u = 0; u < units; ++u) run(u);
+}
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Calls f(T{}) with the element type of `dtype` (Python lets only these through).
+template <class F> inline void with_type(int dtype, const F& f) {
+  if (dtype == kFloat32) f(float{});
+  else if (dtype == kFloat64) f(double{});
+  else f(BFloat{});
+}
+
+template <int k> struct Int { static constexpr int value = k; };
+template <class F> inline void with_act(int act, const F& f) {
+  if (act == kRelu) f(Int<kRelu>{});
+  else if (act == kRelu6) f(Int<kRelu6>{});
+  else if (act == kLeakyRelu) f(Int<kLeakyRelu>{});
+  else f(Int<kNone>{});
+}
+
+}  // namespace
+}  // namespace fastkd

@@ -1,0 +1,158 @@
+// The only pybind11 file: addresses and int64 sizes in, nothing out. fastkd/ops/_native.py is its only caller and validates;
+// here only null and alignment are checked again. The GIL is released while a kernel runs.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu_kernels.h"
+
+namespace py = pybind11;
+using namespace fastkd;
+
+namespace {
+
+const CpuKernels kGeneric = FASTKD_TABLE(generic);
+#ifdef FASTKD_X86
+const CpuKernels kAvx2 = FASTKD_TABLE(avx2);
+const CpuKernels kAvx512 = FASTKD_TABLE(avx512);
+#endif
+
+std::vector<const CpuKernels*> available() {
+  std::vector<const CpuKernels*> found{&kGeneric};
+#ifdef FASTKD_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kAvx2);
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    found.push_back(&kAvx512);
+#endif
+  return found;
+}
+
+const CpuKernels* chosen = available().back();
+
+size_t width(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : dtype == kUInt8 ? 1 : 2; }
+
+// An address that must be there (or may be null) and a multiple of its element size.
+void* at(const char* name, uintptr_t address, size_t align, bool needed = true) {
+  if (!address && needed) throw std::invalid_argument(std::string(name) + " is a null pointer");
+  if (address % align) throw std::invalid_argument(std::string(name) + " is not aligned to its elements");
+  return reinterpret_cast<void*>(address);
+}
+
+void no_cuda() { throw std::runtime_error("fastkd._C was built without CUDA"); }
+
+void bn_fwd(uintptr_t x, uintptr_t residual, uintptr_t scale, uintptr_t bias, uintptr_t shift, uintptr_t y, uintptr_t partial,
+            uintptr_t sums, const Sizes& s, int act, double slope, int threads, bool cuda, uintptr_t stream) {
+  const size_t e = width(s.dtype), a = s.dtype == kFloat64 ? 8 : 4;
+  const bool frozen = y != 0, data = s.n * s.c * s.hw > 0;
+  const BnParams p{s, at("x", x, e, data), at("residual", residual, e, false), at("scale", scale, a, frozen && s.c),
+                   at("bias", bias, a, frozen && s.c), at("shift", shift, a, s.c), at("y", y, e, false),
+                   at("partial", partial, 8, s.groups * s.c), at("sums", sums, a, s.c), act, slope};
+  if (!cuda) return chosen->bn_fwd(p, threads);
+#ifdef FASTKD_WITH_CUDA
+  bn_fwd_cuda(p, reinterpret_cast<void*>(stream));
+#else
+  (void)stream, no_cuda();
+#endif
+}
+
+void bn_bwd(uintptr_t gy, uintptr_t gsums, uintptr_t x, uintptr_t residual, uintptr_t scale, uintptr_t bias, uintptr_t shift,
+            uintptr_t dx, uintptr_t dresidual, const Sizes& s, int act, double slope, int threads, bool cuda, uintptr_t stream) {
+  if (s.n * s.c * s.hw == 0) return;
+  const size_t e = width(s.dtype), a = s.dtype == kFloat64 ? 8 : 4;
+  const BnGradParams p{s, at("gy", gy, e, false), at("gsums", gsums, a, false), at("x", x, e), at("residual", residual, e, false),
+                       at("scale", scale, a, gy != 0), at("bias", bias, a, gy != 0), at("shift", shift, a), at("dx", dx, e),
+                       at("dresidual", dresidual, e, false), act, slope};
+  if (!cuda) return chosen->bn_bwd(p, threads);
+#ifdef FASTKD_WITH_CUDA
+  bn_bwd_cuda(p, reinterpret_cast<void*>(stream));
+#else
+  (void)stream, no_cuda();
+#endif
+}
+
+CamParams cam(uintptr_t features, uintptr_t weight, uintptr_t labels, uintptr_t map, int64_t batch, int64_t channels, int64_t hw,
+              int64_t classes, int dtype, int layout) {
+  const size_t a = dtype == kFloat64 ? 8 : 4;
+  const bool data = channels * hw > 0;
+  return {batch, channels, hw, classes, dtype, layout, at("features", features, width(dtype), data), at("weight", weight, a, data),
+          static_cast<const int64_t*>(at("labels", labels, 8)), at("map", map, a, hw > 0)};
+}
+
+void cam_fwd(uintptr_t features, uintptr_t weight, uintptr_t labels, uintptr_t map, int64_t batch, int64_t channels, int64_t hw,
+             int64_t classes, int dtype, int layout, int threads) {
+  if (batch) chosen->cam_fwd(cam(features, weight, labels, map, batch, channels, hw, classes, dtype, layout), threads);
+}
+
+void cam_bwd(uintptr_t features, uintptr_t weight, uintptr_t labels, uintptr_t map, int64_t batch, int64_t channels, int64_t hw,
+             int64_t classes, int dtype, int layout, int threads) {
+  if (batch) chosen->cam_bwd(cam(features, weight, labels, map, batch, channels, hw, classes, dtype, layout), threads);
+}
+
+void cam_finish(uintptr_t map, uintptr_t rows, uintptr_t out, int64_t batch, int64_t h, int64_t w, int64_t height, int64_t width_,
+                int dtype, bool relu, int norm, int threads) {
+  if (batch * h * w * height * width_ == 0) return;
+  const size_t a = dtype == kFloat64 ? 8 : 4;
+  chosen->cam_finish({batch, h, w, height, width_, dtype, relu, norm, at("map", map, a), at("rows", rows, a), at("out", out, a, false)},
+                     threads);
+}
+
+void replay_gather(uintptr_t images, uintptr_t index, uintptr_t dy, uintptr_t dx, uintptr_t flip, uintptr_t lut, uintptr_t mean,
+                   uintptr_t std_, uintptr_t out, const std::vector<int64_t>& sizes, int in_dtype, int out_dtype, int threads,
+                   bool cuda, uintptr_t stream) {
+  const auto [batch, stored, height, width_, channels, pad] =
+      std::tuple(sizes.at(0), sizes.at(1), sizes.at(2), sizes.at(3), sizes.at(4), sizes.at(5));
+  if (batch * height * width_ * channels == 0) return;
+  const size_t o = width(out_dtype), a = out_dtype == kFloat64 ? 8 : 4;
+  const bool table = in_dtype == kUInt8;
+  const auto* rows = static_cast<const int64_t*>(at("index", index, 8));
+  const GatherParams p{batch, stored, height, width_, channels, pad, in_dtype, out_dtype, at("images", images, width(in_dtype)), rows,
+                       static_cast<const int64_t*>(at("dy", dy, 8, false)), static_cast<const int64_t*>(at("dx", dx, 8, false)),
+                       static_cast<const uint8_t*>(at("flip", flip, 1, false)), at("lut", lut, o, table), at("mean", mean, a, !table),
+                       at("std", std_, a, !table), at("out", out, o)};
+  if (!cuda) return chosen->replay_gather(p, threads);
+#ifdef FASTKD_WITH_CUDA
+  replay_gather_cuda(p, reinterpret_cast<void*>(stream));
+#else
+  (void)stream, no_cuda();
+#endif
+}
+
+std::map<std::string, std::string> build_info() {
+  return {{"compiler", FASTKD_COMPILER}, {"openmp", FASTKD_OPENMP}, {"isa", chosen->isa},
+          {"cuda", FASTKD_CUDA_VERSION}, {"cuda_architectures", FASTKD_CUDA_ARCHITECTURES}, {"cuda_reason", FASTKD_CUDA_REASON}};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of fastkd; called through fastkd.ops only.";
+  py::class_<Sizes>(m, "Sizes").def(
+      py::init([](int64_t n, int64_t c, int64_t hw, int64_t groups, int64_t per, int dtype, int layout) {
+        return Sizes{n, c, hw, groups, per, dtype, layout};
+      }));
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  m.def("bn_fwd", &bn_fwd, unlocked);
+  m.def("bn_bwd", &bn_bwd, unlocked);
+  m.def("cam_fwd", &cam_fwd, unlocked);
+  m.def("cam_bwd", &cam_bwd, unlocked);
+  m.def("cam_finish", &cam_finish, unlocked);
+  m.def("replay_gather", &replay_gather, unlocked);
+  m.def("build_info", &build_info, "What was built, with which compiler, and the instruction set in use.");
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const CpuKernels* k : available()) names.emplace_back(k->isa);
+    return names;
+  }, "Instruction sets of this processor that have kernels, best last.");
+  m.def("set_isa", [](const std::string& name) {
+    for (const CpuKernels* k : available())
+      if (name == k->isa) { chosen = k; return; }
+    throw std::invalid_argument("no kernels for instruction set " + name + " on this processor");
+  }, "For tests: all instruction sets give the same bits.");
+}
