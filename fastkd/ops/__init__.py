@@ -1,0 +1,59 @@
+"""Fused operations, each with a plain torch definition beside it and backends behind one name.
+
+`import fastkd.ops` loads neither torch nor the compiled part; the first use of a function does.
+
+    from fastkd import ops
+    ops.use("reference")       # or "auto" (default), "cpp", "cuda", "triton"
+    ops.table()                # which backend runs what here, and why the others do not
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._registry import backend, build_info, table, use
+
+if TYPE_CHECKING:
+    from .bn_match import bn_match_loss, bn_stats, bn_sums, frozen_bn_act_stats, moments
+    from .cam import class_activation_map
+    from .replay import replay_gather
+    from .upsample import upsample_conv2d
+
+_FAMILY = {
+    "bn_sums": "bn_match",
+    "bn_stats": "bn_match",
+    "moments": "bn_match",
+    "bn_match_loss": "bn_match",
+    "frozen_bn_act_stats": "bn_match",
+    "class_activation_map": "cam",
+    "replay_gather": "replay",
+    "upsample_conv2d": "upsample",
+}
+
+__all__ = [
+    "backend",
+    "bn_match_loss",
+    "bn_stats",
+    "bn_sums",
+    "build_info",
+    "class_activation_map",
+    "frozen_bn_act_stats",
+    "moments",
+    "replay_gather",
+    "table",
+    "upsample_conv2d",
+    "use",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FAMILY:
+        raise AttributeError(f"module 'fastkd.ops' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"{__name__}.{_FAMILY[name]}"), name)
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,182 @@
+"""Which backend runs an op: the policy, free of torch at import time.
+
+An op lists its backends in order of preference for each device type; `reference` is always the last one. `auto` takes the
+first that says yes and falls through quietly; a backend asked for by name either runs or raises with its reason. An op that
+does not have the named backend at all keeps its automatic choice (there is no C++ convolution to ask for).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import ConfigError, unknown
+
+BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
+
+_FLOATS = ("float32", "float64", "bfloat16")
+_DEVICE_FLOATS = ("float32", "float64", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Op:
+    """Backends by device type in order of preference, and the dtypes that each backend takes."""
+
+    order: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    dtypes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def backends(self) -> set[str]:
+        return {name for names in self.order.values() for name in names} | {"reference"}
+
+
+_BN = Op(
+    {"cpu": ("cpp",), "cuda": ("cuda", "triton")},
+    {"cpp": _FLOATS, "cuda": _DEVICE_FLOATS, "triton": ("float32", "bfloat16", "float16")},
+)
+OPS: dict[str, Op] = {
+    "bn_sums": _BN,
+    "frozen_bn_act_stats": _BN,
+    "bn_match_loss": Op(),
+    "class_activation_map": Op({"cpu": ("cpp",)}, {"cpp": _FLOATS}),
+    "replay_gather": Op(
+        {"cpu": ("cpp",), "cuda": ("cuda",)},
+        {"cpp": ("uint8", "float32", "float16"), "cuda": ("uint8", "float32", "float16")},
+    ),
+    "upsample_conv2d": Op({"cpu": ("fold",), "cuda": ("fold",)}),
+}
+
+_wanted = "auto"
+_answers: dict[tuple[str, str, str, str], str] = {}
+
+
+def backend() -> str:
+    """The name that `use` was given last; "auto" at the start."""
+    return _wanted
+
+
+def use(name: str) -> None:
+    """Choose the backend of all ops of this process.
+
+    Args:
+      name: "auto", "reference", "cpp" (CPU), "cuda" or "triton" (accelerator; Triton also interprets CPU tensors when
+        TRITON_INTERPRET=1 was set before the process started).
+    Raises:
+      ConfigError: an unknown name, or a backend that cannot run here, with the reason.
+
+    A function that torch.compile has already compiled keeps the choice it was compiled with.
+    """
+    global _wanted
+    if name not in BACKENDS:
+        raise ConfigError(unknown("ops backend", name, BACKENDS))
+    reason = absent(name)
+    if reason is not None:
+        raise ConfigError(f"ops.backend={name} cannot run here: {reason}; use auto or reference, or install what is missing.")
+    _wanted = name
+    _answers.clear()
+
+
+def build_info() -> dict[str, str]:
+    """What the compiled part was built with (compiler, openmp, isa, cuda, cuda_architectures, cuda_reason).
+
+    Without the compiled part, or where it does not load: the one key "reason", a sentence for the user.
+    """
+    from . import _native
+
+    return _native.build_info()
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels are interpreted on CPU tensors (its own switch, read when the process starts)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def absent(name: str) -> str | None:
+    """Why the backend cannot run on this machine at all; None where it can."""
+    if name in ("auto", "reference", "fold"):
+        return None
+    if name == "triton":
+        if not _installed("triton"):
+            return "triton is not installed"
+        if interpreting():
+            return None
+        import torch
+
+        return None if torch.cuda.is_available() else "no CUDA device, and TRITON_INTERPRET=1 is not set"
+    from . import _native
+
+    return _native.absent(cuda=name == "cuda")
+
+
+def why_not(op: str, name: str, device: str, dtype: str) -> str | None:
+    """None: the backend runs this op on this device type and dtype. Otherwise the reason why it does not."""
+    spec = OPS[op]
+    if name == "reference":
+        return None
+    if name not in spec.backends():
+        return "not written for this op"
+    interpreted = name == "triton" and device == "cpu" and interpreting()
+    if name not in spec.order.get(device, ()) and not interpreted:
+        return "interpreter only (TRITON_INTERPRET=1)" if name == "triton" and device == "cpu" else f"does not run on {device}"
+    if reason := absent(name):
+        return reason
+    allowed = spec.dtypes.get(name)
+    if allowed is not None and dtype not in allowed:
+        return f"no kernel for {dtype} ({', '.join(allowed)} have one)"
+    return None
+
+
+def choose(op: str, device: str, dtype: str) -> str:
+    """The backend that runs `op` on this device type and dtype.
+
+    Raises:
+      ConfigError: the backend given to `use` exists for this op and cannot take this call.
+    """
+    key = (_wanted, op, device, dtype)
+    if key not in _answers:
+        _answers[key] = _choose(*key)
+    return _answers[key]
+
+
+def _choose(wanted: str, op: str, device: str, dtype: str) -> str:
+    spec = OPS[op]
+    if wanted == "reference":
+        return wanted
+    if wanted != "auto" and wanted in spec.backends():
+        reason = why_not(op, wanted, device, dtype)
+        if reason is not None:
+            raise ConfigError(f"ops.backend={wanted} cannot run {op} on {device} {dtype}: {reason}; use auto or reference.")
+        return wanted
+    for name in spec.order.get(device, ()):
+        if why_not(op, name, device, dtype) is None:
+            return name
+    return "reference"
+
+
+def table() -> list[tuple[str, str, str, dict[str, str]]]:
+    """Rows (op, device type, chosen backend, {backend: "ok" or the reason why not}) for this machine, in fp32.
+
+    Devices are "cpu" and, where torch sees one, "cuda". The chosen backend is what `auto` takes, or what `use` asked for.
+    """
+    import torch
+
+    rows: list[tuple[str, str, str, dict[str, str]]] = []
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for op, spec in OPS.items():
+            dtype = "uint8" if op == "replay_gather" else "float32"
+            names: list[str] = [*sorted(spec.backends() - {"reference"}), "reference"]
+            reasons: dict[str, str] = {name: why_not(op, name, device, dtype) or "ok" for name in names}
+            try:
+                chosen: Any = choose(op, device, dtype)
+            except ConfigError as error:
+                chosen = f"refused: {error}"
+            rows.append((op, device, chosen, reasons))
+    return rows

@@ -1,0 +1,67 @@
+"""Reading a batch out of an image store: gather, crop, flip and normalise in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._library import choose
+from . import registered as _registered  # noqa: F401  (defines the ops)
+from .reference import replay_gather_ref
+
+
+def replay_gather(
+    images: Tensor,
+    index: Tensor,
+    *,
+    dy: Tensor | None = None,
+    dx: Tensor | None = None,
+    flip: Tensor | None = None,
+    pad: int = 0,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Rows of an image store as a network's input: cropped, flipped, normalised, channels_last.
+
+      1. s[i, j]   = image[i + dy - pad, (W - 1 - j if flip else j) + dx - pad], black (0) outside the image
+      2. s         = s / 255                           uint8 stores
+      3. out[c]    = (s[c] - mean[c]) / std[c]         where mean or std is given
+
+    Bytes:  reads B·H·W·C of the store, writes the batch once.
+    Saves:  nothing: the store is data and gets no gradient.
+
+    Args:
+      images: [N, H, W, C] contiguous, uint8 (0..255), fp16 or fp32.
+      index:  [B] int64 in 0..N-1, repeats allowed.
+      dy, dx: [B] int64 in 0..2·pad (pad keeps the image where it is), or None for the middle.
+      flip:   [B] bool, True mirrors left and right; or None.
+      pad:    how many pixels the crop may move.
+      mean, std: [C] on the device of `images`, or None for 0 and 1.
+      dtype:  of the result; None is torch's default dtype.
+    Returns:
+      [B, C, H, W] with channels_last strides. All backends give the same bits for uint8 stores.
+    Raises:
+      ValueError: shapes or dtypes that do not fit. IndexError: a row outside the store (on the CPU).
+    """
+    if images.dim() != 4 or images.dtype not in (torch.uint8, torch.float16, torch.float32) or images.requires_grad:
+        raise ValueError(
+            f"images must be a store [N, H, W, C] of uint8, float16 or float32 without gradient, found {images.dtype} "
+            f"of shape {tuple(images.shape)}"
+        )
+    if index.dim() != 1 or index.dtype != torch.int64:
+        raise ValueError(f"index must be int64 [B], found {index.dtype} of shape {tuple(index.shape)}")
+    for name, v, kind in (("dy", dy, torch.int64), ("dx", dx, torch.int64), ("flip", flip, torch.bool)):
+        if v is not None and (v.shape != index.shape or v.dtype != kind):
+            raise ValueError(f"{name} must be {kind} [{index.shape[0]}], found {v.dtype} of shape {tuple(v.shape)}")
+    for name, v in (("mean", mean), ("std", std)):
+        if v is not None and v.shape != images.shape[3:]:
+            raise ValueError(f"{name} must be [{images.shape[3]}], one value per channel, found {tuple(v.shape)}")
+    if pad < 0:
+        raise ValueError(f"pad must be 0 or more, found {pad}")
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type, found {dtype}")
+    if choose("replay_gather", images) == "reference":
+        return replay_gather_ref(images, index, dy, dx, flip, pad, mean, std, dtype)
+    return torch.ops.fastkd.replay_gather(images, index, dy, dx, flip, pad, mean, std, dtype)  # type: ignore[no-any-return]

@@ -1,0 +1,55 @@
+"""Definition of the gather from an image store in plain torch: the specification of every backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def tiny(v: Tensor | None, dtype: torch.dtype, fill: float, images: Tensor) -> Tensor:
+    if v is None:
+        return torch.full((images.shape[-1],), fill, dtype=dtype, device=images.device)
+    return v.to(dtype)
+
+
+def normalise(v: Tensor, mean: Tensor | None, std: Tensor | None, images: Tensor) -> Tensor:
+    """(v - mean)/std over the last dimension of v, [..., C]; v itself where both are None."""
+    if mean is None and std is None:
+        return v
+    return (v - tiny(mean, v.dtype, 0.0, images)) / tiny(std, v.dtype, 1.0, images)
+
+
+def shades(images: Tensor, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[C, 256]: what each byte of each channel becomes, by the arithmetic of `replay_gather_ref`."""
+    wide = torch.promote_types(dtype, torch.float32)
+    bytes_ = torch.arange(256, device=images.device).to(wide) / 255
+    return normalise(bytes_[:, None].expand(256, images.shape[-1]), mean, std, images).to(dtype).t().contiguous()
+
+
+def replay_gather_ref(
+    images: Tensor,
+    index: Tensor,
+    dy: Tensor | None,
+    dx: Tensor | None,
+    flip: Tensor | None,
+    pad: int,
+    mean: Tensor | None,
+    std: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[B, C, H, W] channels_last; see the public function."""
+    _, height, width, _ = images.shape
+    zero = torch.zeros_like(index)
+    across = torch.arange(width, device=images.device).expand(index.shape[0], width)
+    if flip is not None:
+        across = torch.where(flip[:, None], width - 1 - across, across)
+    rows = torch.arange(height, device=images.device) + (zero if dy is None else dy - pad)[:, None]  # [B, H]
+    cols = across + (zero if dx is None else dx - pad)[:, None]  # [B, W]
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((cols >= 0) & (cols < width))[:, None, :]
+    taken = images[index[:, None, None], rows.clamp(0, height - 1)[:, :, None], cols.clamp(0, width - 1)[:, None, :]]
+    wide = torch.promote_types(dtype, torch.float32)
+    taken = taken.to(wide)
+    if images.dtype == torch.uint8:
+        taken = taken / 255
+    taken = torch.where(inside[..., None], taken, 0.0)
+    return normalise(taken, mean, std, images).to(dtype).permute(0, 3, 1, 2)
