@@ -1,0 +1,70 @@
+"""What happened in a run: one JSON object a line in events.jsonl, the state of the process in status.json, and listeners."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fastkd.engine.checkpoint import write_atomic
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+class Events:
+    """Writes events and hands them to listeners. A log that cannot be written never ends a run.
+
+    Args:
+      out: the run folder, or None to write nothing.
+      listeners: called with every event; `poll` events go to them only.
+    """
+
+    def __init__(self, out: Path | None, listeners: list[Listener] | None = None):
+        self.out, self.listeners, self.lost = out, listeners or [], 0
+        self.epochs: list[dict[str, Any]] = []
+
+    def tell(self, kind: str, **values: Any) -> None:
+        """Hand an event to the listeners without writing it."""
+        for listener in self.listeners:
+            listener({"kind": kind, **values})
+
+    def write(self, kind: str, **values: Any) -> None:
+        """Write an event as one line and hand it to the listeners."""
+        self.tell(kind, **values)
+        if kind == "epoch":
+            self.epochs.append({"kind": kind, **values})
+        if self.out is None:
+            return
+        try:
+            with open(self.out / "events.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n")
+        except OSError:
+            self.lost += 1
+
+    def status(self, state: str, **values: Any) -> None:
+        """Replace status.json: running, done, preempted or fatal, with the exit code where there is one."""
+        if self.out is None:
+            return
+        try:
+            write_atomic(self.out / "status.json", json.dumps({"state": state, "time": round(time.time(), 3), **values}).encode())
+        except OSError:
+            self.lost += 1
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """Events of a file; a torn or foreign line is skipped."""
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict) and "kind" in event:
+                yield event
+
+
+def curve(path: Path) -> list[dict[str, Any]]:
+    """The epoch events of a run in order, the last one written for each epoch (a resumed run writes some twice)."""
+    return [e for _, e in sorted({e["epoch"]: e for e in read(path) if e["kind"] == "epoch"}.items())]

@@ -1,0 +1,88 @@
+"""The run folder: made or found, probed, locked by one process at a time, numbered by itself."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastkd.engine.checkpoint import write_atomic
+from fastkd.errors import ConfigError, PlaceError
+
+
+def next_numbered(parent: Path, stem: str) -> Path:
+    """`parent/stem-001`, or the next number that is free."""
+    taken = [int(p.name.rsplit("-", 1)[1]) for p in parent.glob(f"{stem}-*") if p.name.rsplit("-", 1)[1].isdigit()]
+    return parent / f"{stem}-{max(taken, default=0) + 1:03d}"
+
+
+def why(e: OSError) -> str:
+    """The reason of an OSError in words."""
+    return {errno.ENOSPC: "the disk is full", errno.EROFS: "it is read-only", errno.EACCES: "permission is denied"}.get(
+        e.errno or 0, os.strerror(e.errno) if e.errno else str(e)
+    )
+
+
+def prepare(out: Path, *, resume: bool) -> None:
+    """Make the folder and prove, by a file that is written and fsynced, that it can hold a run.
+
+    Raises:
+      ConfigError: it holds something and `resume` is not asked for.
+      PlaceError: it cannot be written.
+    """
+    if out.exists() and not out.is_dir():
+        raise PlaceError(f"--out '{out}' is a file; expected a folder, new or empty.")
+    if not resume and out.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"--out '{out}' is not empty; choose a new folder, or continue the run in it with --resume.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(out / ".probe", b"x" * 4096)
+        (out / ".probe").unlink()
+    except OSError as e:
+        raise PlaceError(f"--out '{out}' cannot be written: {why(e)}; choose a folder with room and write permission.") from None
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Own the folder for the duration; the lock of a dead process on this host is taken over.
+
+    Raises:
+      ConfigError: another run owns it; pid and host are named.
+    """
+    path, me = out / "lock", {"pid": os.getpid(), "host": socket.gethostname()}
+    for attempt in range(2):
+        try:
+            fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            break
+        except FileExistsError:
+            try:
+                owner: dict[str, Any] = json.loads(path.read_text())
+                held = owner["host"] != me["host"] or _alive(int(owner["pid"]))
+            except (ValueError, KeyError, TypeError, OSError):
+                owner, held = {"pid": "?", "host": "?"}, False
+            if held or attempt:
+                raise ConfigError(
+                    f"'{out}' is in use by process {owner['pid']} on {owner['host']}; wait for it, or remove '{path}' if that run is dead."
+                ) from None
+            path.unlink(missing_ok=True)
+    with os.fdopen(fd, "w") as f:
+        json.dump(me, f)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,278 @@
+"""The one loop: walks the steps of any method."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import ranks
+from fastkd.engine import checkpoint, evaluation, state
+from fastkd.engine.clock import Clock
+from fastkd.engine.events import Events
+from fastkd.engine.folder import why
+from fastkd.engine.signals import Stop
+from fastkd.errors import CheckpointError, ConfigError, NumericalError
+from fastkd.method import Given, Method, steps
+from fastkd.nn import globalise
+
+DONE, PREEMPTED = 0, 75
+SKIPS_ALLOWED = 0.5
+"""Share of non-finite steps in an interval above which a run gives up."""
+
+
+@dataclass
+class Settings:
+    """What the loop needs to know beside the method.
+
+    Attributes:
+      seed: root seed. precision: fp32 or bf16. poll: steps between looks at flags.
+      every_minutes, every_steps, keep: see `config.CheckpointConfig`. global_bn: BatchNorm over the global batch.
+      data: evaluation set on the device, or None. about: goes into every manifest and must be equal on resume.
+      student_metadata: goes into student.safetensors. max_steps: stop with a checkpoint after so many steps (tests, plans).
+    """
+
+    seed: int = 0
+    precision: str = "fp32"
+    poll: int = 10
+    every_minutes: float = 10.0
+    every_steps: int | None = None
+    keep: int = 2
+    global_bn: bool = True
+    data: Any = None
+    about: dict[str, Any] = field(default_factory=dict)
+    student_metadata: dict[str, str] = field(default_factory=dict)
+    max_steps: int | None = None
+
+
+def prepare(method: Method, given: Given, *, global_bn: bool = True) -> None:
+    """Bind, check, build and seal a method."""
+    method.bind(given)
+    method.check()
+    method.rng.at(given.seed, -1, "build", 0)
+    method.build()
+    if global_bn:
+        for name, value in vars(method).items():
+            if name not in ("teacher", "real"):
+                for net in _networks(value):
+                    globalise(net)
+    method.seal()
+    for _ in state.walk(method):  # refuses now, not at the first save, what a checkpoint cannot hold
+        pass
+
+
+def _networks(value: Any) -> list[nn.Module]:
+    if isinstance(value, nn.Module):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [net for v in inner for net in _networks(v)]
+
+
+def run(method: Method, settings: Settings, events: Events, out: Path | None, stop: Stop | None = None, *, resume: bool = False) -> int:
+    """Walk all epochs of a prepared method.
+
+    Args:
+      out: run folder, or None to save nothing.
+      stop: flag of the stop signals. resume: go on from the newest valid checkpoint in `out` (from the start if there is none).
+    Returns:
+      0, or 75 when it stopped early with a checkpoint.
+    Raises:
+      NumericalError: most steps of an interval were not finite.
+      CheckpointError: nothing there can be resumed, or three saves failed in a row.
+    """
+    saver = _Saver(method, settings, events, out)
+    (at_epoch, at_step), done = _resume(method, settings, events, out) if resume and out else ((0, 0), 0)
+    total = done + sum(1 for e in range(at_epoch, method.epochs) for i, *_ in steps(method, e) if (e, i) >= (at_epoch, at_step))
+    clock, began, begun_at = Clock(method.device), time.monotonic(), done
+    cast = autocast(method.device, settings.precision)
+    for epoch in range(at_epoch, method.epochs):
+        epoch_began = time.monotonic()
+        for i, fn, args, occurrence in steps(method, epoch):
+            if (epoch, i) < (at_epoch, at_step):
+                continue
+            method.rng.at(settings.seed, epoch, fn.__name__, occurrence)
+            method.log.prefix = fn.__name__
+            with clock(fn.phase), cast():  # type: ignore[attr-defined]
+                fn(*args)
+            method.step_ends()
+            done += 1
+            if done % settings.poll == 0:
+                stopping = bool(ranks.max(torch.tensor(float(bool(stop)))).item())
+                events.tell(
+                    "poll",
+                    epoch=epoch,
+                    epochs=method.epochs,
+                    step=done,
+                    steps=total,
+                    phase=fn.phase,  # type: ignore[attr-defined]
+                    terms=method.log.read,  # type: ignore[attr-defined]
+                    steps_per_second=(done - begun_at) / max(1e-9, time.monotonic() - began),
+                )
+            else:
+                stopping = False
+            stopping |= settings.max_steps is not None and done - begun_at >= settings.max_steps
+            if stopping or saver.due(done):
+                saver.save((epoch, i + 1), done)
+            if stopping:
+                return PREEMPTED
+        method.rng.at(settings.seed, epoch, "evaluate", 0)
+        with clock("evaluation"):
+            scores = _evaluate(method, settings)
+        terms = method.log.read()
+        _refuse_non_finite(terms)
+        method.log.clear()
+        events.write(
+            "epoch",
+            epoch=epoch,
+            step=done,
+            steps=total,
+            trained=method.trains_student(epoch),
+            terms=terms,
+            **scores,
+            seconds=clock.flush(),
+            wall=round(time.monotonic() - epoch_began, 4),
+        )
+        saver.best(scores.get("top1"))
+        if bool(ranks.max(torch.tensor(float(bool(stop)))).item()) and epoch + 1 < method.epochs:
+            saver.save((epoch + 1, 0), done)
+            return PREEMPTED
+    saver.save((method.epochs, 0), done)
+    return DONE
+
+
+def autocast(device: torch.device, precision: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    if precision == "fp32":
+        return contextlib.nullcontext
+    # A weight cache would outlive the in-place updates of a step.
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
+
+
+def _evaluate(method: Method, settings: Settings) -> dict[str, float]:
+    with autocast(method.device, settings.precision)():
+        if settings.data is None:
+            return evaluation.without_data(method)
+        result = evaluation.accuracy(method.student, settings.data, method.mean, method.std)
+    return {"top1": result.top1, "top5": result.top5}
+
+
+def _refuse_non_finite(terms: dict[str, float]) -> None:
+    """`skipped` is the share of an interval's steps that were not applied because something in them was not finite."""
+    for name, share in terms.items():
+        if name.endswith(".skipped") and share > SKIPS_ALLOWED:
+            others = [n for n, v in terms.items() if v != v or abs(v) == float("inf")]
+            raise NumericalError(
+                f"{share:.0%} of the '{name.removesuffix('.skipped')}' steps were not finite"
+                f"{' (term ' + others[0] + ')' if others else ''}; the last checkpoint is finite: lower the learning rate and use --resume."
+            )
+
+
+def _resume(method: Method, settings: Settings, events: Events, out: Path) -> tuple[tuple[int, int], int]:
+    said: list[str] = []
+    saved = checkpoint.newest(out / "checkpoints", said) if ranks.rank() == 0 or ranks.world() == 1 else _of_rank_0(out)
+    for line in said:
+        events.write("warning", text=line)
+    if saved is None:
+        return (0, 0), 0
+    different = {k: (saved.manifest.get(k), v) for k, v in settings.about.items() if saved.manifest.get(k) != v and k != "world"}
+    if different:
+        key, (was, now) = next(iter(different.items()))
+        raise ConfigError(
+            f"the run in '{out}' cannot be continued with another {key}: it was {was}, now {now}; use the old one or a new --out."
+        )
+    try:
+        state.restore(method, saved.tensors, saved.numbers)
+    except ValueError as e:
+        raise CheckpointError(f"checkpoint {saved.path.name} does not fit this run: {e}.") from None
+    if saved.manifest.get("world", 1) != ranks.world():
+        events.write(
+            "warning",
+            text=f"saved by {saved.manifest.get('world', 1)} ranks, continued by {ranks.world()}: equal to rounding, not to the bit",
+        )
+    events.write("resumed", epoch=saved.position[0], step=saved.manifest["step"], checkpoint=saved.path.name)
+    return saved.position, int(saved.manifest["step"])
+
+
+def _of_rank_0(out: Path) -> checkpoint.Saved | None:
+    return checkpoint.newest(out / "checkpoints", [])
+
+
+class _Saver:
+    """Decides when a checkpoint is due and writes it; a failed save costs nothing but itself."""
+
+    def __init__(self, method: Method, settings: Settings, events: Events, out: Path | None):
+        self.method, self.settings, self.events, self.out = method, settings, events, out
+        self.last, self.last_step, self.failed, self.best_top1 = time.monotonic(), 0, 0, -1.0
+
+    def due(self, done: int) -> bool:
+        """Collective: all ranks must agree, so with several ranks time alone is asked of rank 0 at poll steps."""
+        if self.out is None:
+            return False
+        if self.settings.every_steps:
+            return done % self.settings.every_steps == 0
+        if done % self.settings.poll:
+            return False
+        late = torch.tensor(float(time.monotonic() - self.last > 60 * self.settings.every_minutes))
+        return bool(ranks.max(late).item())
+
+    def save(self, position: tuple[int, int], done: int) -> None:
+        self.last = time.monotonic()
+        if self.out is None:
+            return
+        tensors, numbers = state.collect(self.method)
+        if ranks.rank():
+            return
+        about = {**self.settings.about, "world": ranks.world()}
+        for _ in range(2):
+            try:
+                checkpoint.write(
+                    self.out / "checkpoints",
+                    done,
+                    position,
+                    tensors,
+                    numbers,
+                    self._student(),
+                    self.settings.student_metadata,
+                    about,
+                    self.settings.keep,
+                )
+                self.failed = 0
+                self.events.write("checkpoint", step=done, position=list(position))
+                return
+            except (OSError, RuntimeError) as e:  # safetensors wraps errno in its own error
+                reason = why(e) if isinstance(e, OSError) else str(e)
+                checkpoint.prune(self.out / "checkpoints", 1)
+        self.failed += 1
+        self.events.write("warning", text=f"checkpoint at step {done} could not be written: {reason}; the one before is intact")
+        if self.failed == 3:
+            raise CheckpointError(
+                f"three checkpoints in a row could not be written to '{self.out}' ({reason}); "
+                "the last good one is intact: make room and use --resume."
+            )
+
+    def _student(self) -> dict[str, Tensor]:
+        return student_tensors(self.method.student)
+
+    def best(self, top1: float | None) -> None:
+        """Keep the student of the best evaluation apart; its metadata says that test data selected it."""
+        if self.out is None or top1 is None or top1 <= self.best_top1 or ranks.rank():
+            return
+        self.best_top1 = top1
+        metadata = {**self.settings.student_metadata, "top1": f"{top1:.6f}", "note": "selected on test data"}
+        try:
+            folder = self.out / "checkpoints" / "best"
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_atomic(folder / "student.safetensors", checkpoint.save(self._student(), metadata=metadata))
+        except OSError as e:
+            self.events.write("warning", text=f"the best student could not be written: {why(e)}")
+
+
+def student_tensors(student: nn.Module) -> dict[str, Tensor]:
+    """The student's state under its own network's keys, on the host."""
+    net = getattr(student, "net", student)
+    return {k: v.detach().cpu().contiguous().clone() for k, v in net.state_dict().items()}

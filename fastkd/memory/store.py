@@ -1,0 +1,142 @@
+"""A preallocated store of images on the device: append or ring, replicated on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastkd import ranks
+from fastkd.ops import replay_gather
+from fastkd.rng import Rng
+
+Quant = Literal["floor", "round"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a store: what `Method.view` gathers, augments and normalises in one pass.
+
+    `index` is int64 [b], this rank's rows of the batch; columns are read by attribute name through `column`.
+    """
+
+    store: Store
+    index: Tensor
+
+    def column(self, name: str) -> Tensor:
+        """A column's values at these rows, [b]."""
+        return self.store.columns[name][self.index]
+
+
+class Store:
+    """Images [N, H, W, C] with named columns of one number a row.
+
+    uint8 stores hold images of [0, 1] (quantised by `quant`); floating stores hold images as they are (normalised space).
+    Every rank holds all images; `add` gathers them. The fill level has a device and a host form, so reads need no synchronisation.
+
+    Args:
+      rng: where `deal` draws its order.
+      capacity: most rows that are kept; a row beyond it is an error, or with `ring` overwrites the oldest.
+      shape: (c, h, w) of an image.
+      dtype: torch.uint8 or a floating type.
+      columns: name → dtype, e.g. label=torch.int16.
+    """
+
+    def __init__(
+        self,
+        rng: Rng,
+        capacity: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype = torch.uint8,
+        *,
+        ring: bool = False,
+        quant: Quant = "floor",
+        **columns: torch.dtype,
+    ):
+        c, h, w = shape
+        self.rng, self.capacity, self.ring, self.quant = rng, capacity, ring, quant
+        self.images = torch.zeros(capacity, h, w, c, dtype=dtype, device=rng.device)
+        self.columns = {k: torch.zeros(capacity, dtype=d, device=rng.device) for k, d in columns.items()}
+        self.fill, self.written = 0, 0
+        self.order = torch.zeros(0, dtype=torch.int64, device=rng.device)
+        self.cursor = torch.zeros((), dtype=torch.int64, device=rng.device)
+
+    @classmethod
+    def of(cls, rng: Rng, images: Tensor, **columns: Tensor) -> Store:
+        """A full store of images [N, H, W, C] that are there already, equal on all ranks; nothing is copied."""
+        n, h, w, c = images.shape
+        store = cls(rng, 0, (c, h, w), images.dtype)
+        store.images, store.columns = images, dict(columns)
+        store.capacity = store.fill = store.written = n
+        return store
+
+    def __len__(self) -> int:
+        return self.fill
+
+    def add(self, x: Tensor, **columns: Tensor) -> None:
+        """Append this rank's rows of a batch.
+
+        Args:
+          x: [b, C, H, W]; in [0, 1] for a uint8 store (values outside are clamped).
+          columns: one [b] tensor for each of the store's columns.
+        Raises:
+          ValueError: the store is full and no ring, or a column is missing.
+        """
+        if columns.keys() != self.columns.keys():
+            raise ValueError(f"the store has the columns {sorted(self.columns)}, got {sorted(columns)}")
+        x = self._encode(x)
+        values = {k: ranks.gather(v) for k, v in columns.items()}
+        x, n = ranks.gather(x), x.shape[0] * ranks.world()
+        if not self.ring and self.written + n > self.capacity:
+            raise ValueError(f"the store holds {self.capacity} images; {self.written} are written and {n} more do not fit")
+        at = (torch.arange(n, device=x.device) + self.written) % self.capacity
+        self.images[at] = x
+        for k, v in values.items():
+            self.columns[k][at] = v.to(self.columns[k].dtype)
+        self.written += n
+        self.fill = min(self.written, self.capacity)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        x = x.detach().permute(0, 2, 3, 1)
+        if self.images.dtype == torch.uint8 and x.dtype != torch.uint8:
+            x = x.clamp(0, 1) * 255
+            x = x.floor() if self.quant == "floor" else x.round()
+        return x.to(self.images.dtype).contiguous()
+
+    def reserve(self, n: int) -> None:
+        """Room for the order of one phase of `n` rows; called once, while the method is built."""
+        self.order = torch.zeros(n, dtype=torch.int64, device=self.rng.device)
+
+    def deal(self, name: str = "deal") -> None:
+        """Draw the order of a phase: whole passes over the stored rows, each a new permutation, equal on all ranks."""
+        if not self.fill:
+            raise ValueError("nothing is stored yet, so no batch can be dealt")
+        n, done = self.order.numel(), 0
+        while done < n:
+            take = min(self.fill, n - done)
+            self.order[done : done + take] = self.rng.permutation(self.fill, name)[:take]
+            done += take
+        self.cursor.zero_()
+
+    def next(self, batch: int) -> Rows:
+        """This rank's rows of the next `batch` of the dealt order (no host read; past its end the order begins again)."""
+        at = self.cursor + torch.arange(ranks.rank(), batch, ranks.world(), device=self.order.device)
+        index = self.order[at % self.order.numel()]
+        self.cursor += batch
+        return Rows(self, index)
+
+    def read(self, index: Tensor) -> Tensor:
+        """Images [b, C, H, W] at `index`, in [0, 1] for a uint8 store, as they are stored otherwise; torch's default dtype."""
+        return replay_gather(self.images, index)
+
+    def newest(self, n: int) -> Tensor:
+        """Row numbers of the `n` newest images, newest last, int64."""
+        n = min(n, self.fill)
+        return (torch.arange(self.written - n, self.written, device=self.images.device)) % self.capacity
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held by images and columns."""
+        return sum(t.numel() * t.element_size() for t in (self.images, *self.columns.values()))

@@ -1,0 +1,389 @@
+"""What a method is, and the toolbox it gets.
+
+A method is a dataclass in one file: its fields are the hyper-parameters, `build()` makes everything that lives longer than a
+step, and `epoch(e)` yields the steps of one published epoch in order: it is the paper's algorithm box. The engine walks the
+steps; it needs nothing else to seed, time, guard and checkpoint any method at any step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fastkd import models, optim, ranks
+from fastkd.log import Log
+from fastkd.memory import Rows
+from fastkd.nn import Student, Teacher, augment, evaluating, frozen
+from fastkd.ops import replay_gather
+from fastkd.rng import Rng
+
+Net = TypeVar("Net", bound=nn.Module)
+Phase = Literal["synthesis", "distillation", "memory"]
+Step = Callable[..., Any] | tuple[Any, ...]
+
+
+def step(phase: Phase, *, eager: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Mark a function of a method as a step: the unit of resume, seeding, timing, guards and graph capture.
+
+    Args:
+      phase: what its time is booked under.
+      eager: never captured, because host code runs each time (filling a memory, re-initialising, learning rates).
+    """
+
+    def mark(fn: Callable[..., None]) -> Callable[..., None]:
+        fn.phase, fn.eager = phase, eager  # type: ignore[attr-defined]
+        return fn
+
+    return mark
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What the images of a data set allow: a horizontal flip, and how many pixels a crop is padded."""
+
+    flip: bool = True
+    pad: int = 4
+
+
+@dataclass
+class Given:
+    """What `assemble` hands to a method before `build`.
+
+    Attributes:
+      teacher: frozen network (`nn.instrument`), None where a task needs none. student: network to train (`nn.Student`).
+      shape: (c, h, w) of the teacher's nominal input. classes: number of classes.
+      mean, std: [c] tensors, the teacher's normalisation constants.
+      embeddings: [C, d_e] label-text embeddings, or None. real: a data set, or None.
+      seed: root seed. rng, log: the run's own.
+      augmentation: what the images allow. device: where everything lives.
+    """
+
+    teacher: Teacher | None
+    student: Student
+    shape: tuple[int, int, int]
+    classes: int
+    mean: Tensor
+    std: Tensor
+    seed: int
+    rng: Rng
+    log: Log
+    device: torch.device
+    embeddings: Tensor | None = None
+    real: Any = None
+    augmentation: Augment = Augment()
+
+
+GIVEN = tuple(f.name for f in dataclasses.fields(Given))
+
+
+class Method:
+    """Base of all methods. Subclasses are dataclasses with at least `epochs`, `batch` and `aug` among their fields.
+
+    Life: fields → `bind` → `build` → sealed. After the seal no attribute is set any more: what changes is changed in place, which
+    is what makes resume exact and CUDA graphs possible.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"bn"})
+    """What must be there before the first step: bn, embeddings, labels, groups, cam, data, second_order."""
+    space: ClassVar[Literal["unit", "normalised"]] = "unit"
+    """Where its images live: [0, 1] and seen through `view`, or the teacher's normalised space."""
+
+    # Fields that every method has.
+    epochs: int
+    batch: int
+    aug: str
+
+    # Given before `build`.
+    teacher: Teacher
+    student: Student
+    shape: tuple[int, int, int]
+    classes: int
+    mean: Tensor
+    std: Tensor
+    seed: int
+    rng: Rng
+    log: Log
+    device: torch.device
+    embeddings: Tensor | None
+    real: Any
+    augmentation: Augment
+    _touched: list[Tensor]
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        for name in inspect.get_annotations(cls):
+            if name in _TOOLBOX or name in GIVEN:
+                raise TypeError(f"{cls.__name__}.{name} would hide '{name}' of the toolbox; choose another field name")
+        for name, fn in list(vars(cls).items()):
+            inherited = next((vars(b)[name] for b in cls.__mro__[1:] if name in vars(b)), None)
+            if callable(fn) and hasattr(inherited, "phase") and not hasattr(fn, "phase"):
+                fn.phase, fn.eager = inherited.phase, inherited.eager  # type: ignore[union-attr]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        life = self.__dict__.get("_life", "fields")
+        fields = getattr(type(self), "__dataclass_fields__", {})
+        if life == "sealed":
+            raise AttributeError(f"{type(self).__name__}.{name} is set after build(); state that changes is written in place")
+        if life != "fields" and name in fields:
+            raise AttributeError(f"{type(self).__name__}.{name} is a hyper-parameter and is not set after __init__")
+        if name not in fields and name not in GIVEN and hasattr(type(self), name):
+            raise AttributeError(f"{type(self).__name__}.{name} is a function of the method and cannot be overwritten")
+        object.__setattr__(self, name, value)
+
+    def bind(self, given: Given) -> None:
+        """Take what the run gives; afterwards `build` may be called."""
+        for name in GIVEN:
+            object.__setattr__(self, name, getattr(given, name))
+        object.__setattr__(self, "_touched", [])
+        object.__setattr__(self, "_life", "building")
+
+    def seal(self) -> None:
+        """No attribute is set from here on."""
+        object.__setattr__(self, "_life", "sealed")
+
+    # What a method defines ------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Refuse, before anything is built, settings that cannot work with what was given (`ConfigError`)."""
+
+    def build(self) -> None:
+        """Make networks, optimisers, memories and buffers: everything that outlives a step."""
+        raise NotImplementedError
+
+    def epoch(self, e: int) -> Iterator[Step]:
+        """The steps of epoch `e`, in order. Pure: depends on fields, `seed` and `e` only and changes nothing.
+
+        An item is a step, or (step, *args); args of a step that may be captured select a variant, they are never data.
+        """
+        raise NotImplementedError
+
+    def trains_student(self, e: int) -> bool:
+        """Whether the student is trained in epoch `e`; epochs where it is not are left out of means over epochs."""
+        return True
+
+    def sample(self, n: int) -> Tensor | None:
+        """Up to `n` of the newest synthetic images as the networks see them [n, C, H, W], or None where there are none yet."""
+        return None
+
+    def notes(self) -> list[str]:
+        """Sentences to say before the first step: settings that work but may not mean what the user thinks."""
+        return []
+
+    def report(self) -> dict[str, float]:
+        """Numbers for the summary, such as bytes held for rehearsal; read on the host at the end of a run."""
+        return {}
+
+    # Making state ---------------------------------------------------------------------------------------------------
+
+    def generator(self, name: str, nz: int, shape: tuple[int, int, int] | None = None, **kw: Any) -> Any:
+        """A generator of `models` on the run's device, for the given or the nominal image shape."""
+        return self.place(models.generator(name, nz, shape or self.shape, **kw))
+
+    def encoder(self, name: str, nz: int) -> nn.Module:
+        """An encoder of `models` on the run's device."""
+        return self.place(models.encoder(name, nz, self.shape))
+
+    def place(self, net: Net) -> Net:
+        """A new network on the run's device, channels_last."""
+        if any(isinstance(p, FakeTensor) for p in net.parameters()):
+            return net  # a dry run: nothing is anywhere
+        return net.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+    def per_sample(self, batch: int, *shape: int) -> nn.Parameter:
+        """A trainable tensor with one row a sample of the global `batch` (latents, pixels); this rank holds its rows."""
+        p = nn.Parameter(torch.zeros(len(ranks.rows(batch)), *shape, device=self.device))
+        p.per_sample = True  # type: ignore[attr-defined]
+        return p
+
+    def buffer(self, batch: int, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """As `per_sample`, but not trainable (labels, kept images, features)."""
+        x = torch.zeros(len(ranks.rows(batch)), *shape, dtype=dtype, device=self.device)
+        x.per_sample = True  # type: ignore[attr-defined]
+        return x
+
+    adam = staticmethod(optim.adam)
+    sgd = staticmethod(optim.sgd)
+    reset = staticmethod(optim.reset)
+    set_lr = staticmethod(optim.set_lr)
+
+    # One update -----------------------------------------------------------------------------------------------------
+
+    def minimise(self, terms: dict[str, Tensor], *opts: torch.optim.Optimizer, clip: float = 0.0) -> Tensor:
+        """One step of `opts` on the sum of `terms`.
+
+        Gradients are taken with respect to exactly the parameters of `opts`, reduced over ranks in one flat all-reduce together
+        with the term values, clipped to global norm `clip` (0: not), and applied. A step that is not finite is skipped on the
+        device and counted. The gradients stay in `p.grad` until the step ends.
+
+        Args:
+          terms: name → [] tensor, already weighted; each one's mean over ranks is the term of the global batch.
+        Returns:
+          [] the total of the global batch, equal on all ranks, detached.
+        """
+        params = optim.parameters(*opts)
+        total = torch.stack([t.reshape(()) for t in terms.values()]).sum()
+        grads = self._grads(total, params)
+        values = torch.stack([t.detach().reshape(()).to(total.dtype) for t in terms.values()])
+        values, finite = self._reduce(values, params, grads)
+        if clip:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+            torch._foreach_mul_(grads, torch.clamp(clip / (norm + 1e-6), max=1.0))
+        self._step(opts, params, grads, finite)
+        self.log.add(**dict(zip(terms, values, strict=True)))
+        return values.sum()
+
+    def apply(self, opt: torch.optim.Optimizer, grads: list[Tensor]) -> None:
+        """A step of `opt` with gradients of one's own (meta updates); they are global already and are not reduced."""
+        params = optim.parameters(opt)
+        self._step((opt,), params, grads, self._finite(grads))
+
+    def gradients(self, loss: Tensor, params: list[Tensor], create_graph: bool = False, retain_graph: bool | None = None) -> list[Tensor]:
+        """Gradients of a local loss for `params`, reduced over ranks, without a step (latent tuning, inner steps)."""
+        grads = self._grads(loss, params, create_graph, retain_graph)
+        return [g if _own_rows(p) else ranks.total(g) for p, g in zip(params, grads, strict=True)]
+
+    @staticmethod
+    def _grads(loss: Tensor, params: list[Tensor], create_graph: bool = False, retain_graph: bool | None = None) -> list[Tensor]:
+        found = torch.autograd.grad(loss / ranks.world(), params, allow_unused=True, create_graph=create_graph, retain_graph=retain_graph)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
+
+    @staticmethod
+    def _finite(tensors: list[Tensor]) -> Tensor:
+        return torch.stack([n.isfinite() for n in torch._foreach_norm(tensors, torch.inf)]).all() if tensors else torch.tensor(True)
+
+    def _reduce(self, values: Tensor, params: list[Tensor], grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """All-reduce shared gradients and term values in place; returns global values and whether everything is finite everywhere."""
+        finite = self._finite([*grads, values])
+        if ranks.world() == 1:
+            return values, finite
+        shared = [g for p, g in zip(params, grads, strict=True) if not _own_rows(p)]
+        flat = torch.cat([values / ranks.world(), (~finite).to(values.dtype)[None], *(g.reshape(-1).to(values.dtype) for g in shared)])
+        flat = ranks.total(flat)
+        n = values.numel()
+        for g, piece in zip(shared, flat[n + 1 :].split([g.numel() for g in shared]), strict=True):
+            g.copy_(piece.view_as(g))
+        return flat[:n], flat[n] == 0
+
+    def _step(self, opts: tuple[torch.optim.Optimizer, ...], params: list[Tensor], grads: list[Tensor], finite: Tensor) -> None:
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g if g.stride() == p.stride() else torch.empty_like(p, memory_format=torch.preserve_format).copy_(g)
+        skip = (~finite).to(torch.float32)
+        for opt in opts:
+            opt.found_inf = skip  # type: ignore[attr-defined]
+            opt.step()
+        for p in params:
+            p.grad = torch.where(finite, p.grad, torch.zeros_like(p.grad))  # type: ignore[arg-type]
+        self._touched.extend(params)
+        self.log.add(skipped=skip)
+
+    def step_ends(self) -> None:
+        """Called by the engine after each step: gradients do not outlive it."""
+        for p in self._touched:
+            p.grad = None
+        self._touched.clear()
+
+    def tell(self, **values: Tensor) -> None:
+        """Log [] values without optimising them; their mean over ranks is what is logged."""
+        self.log.add(**{name: ranks.mean(value.detach()) for name, value in values.items()})
+
+    # Small words ----------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def frozen(*nets: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Context: the networks' parameters require no gradient, so none is computed."""
+        return frozen(*nets)
+
+    @staticmethod
+    def evaluating(*nets: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Context: as `frozen`, and in eval mode."""
+        return evaluating(*nets)
+
+    @staticmethod
+    def rows(batch: int) -> Tensor:
+        """Row numbers of the global `batch` that this rank holds, int64 [b]."""
+        own = ranks.rows(batch)
+        return torch.arange(own.start, own.stop, own.step)
+
+    @staticmethod
+    def first(x: Tensor, n: int) -> Tensor:
+        """The first `n` rows of the global batch, as far as this rank holds them."""
+        return x[: len(ranks.rows(n))]
+
+    def view(self, images: Tensor | Rows, kind: str | None = None, name: str = "aug", scale: float = 0.75) -> Tensor:
+        """The door of every network: gather (rows of a store), augment, normalise. Normalising comes last: padding is black.
+
+        Args:
+          images: [b, C, H, W] in the method's space, or rows of a store.
+          kind: none | crop | crop_flip | resized_crop | roll_flip; None: the method's `aug`. In normalised space nothing is done.
+          name: stream of the draws.
+          scale: smallest share of the area that resized_crop keeps.
+        Returns:
+          [b, C, H, W] in the teacher's normalised space; differentiable in `images`.
+        """
+        if self.space == "normalised":
+            return images.store.read(images.index) if isinstance(images, Rows) else images
+        kind = self.aug if kind is None else kind
+        if kind not in AUGMENTATIONS:
+            raise ValueError(f"unknown augmentation '{kind}'; expected one of {', '.join(AUGMENTATIONS)}")
+        flips = kind.endswith("flip") or kind == "resized_crop"
+        if kind in ("none", "crop", "crop_flip"):
+            b = images.index if isinstance(images, Rows) else images
+            pad = 0 if kind == "none" else self.augmentation.pad
+            dy, dx, flip = (self._shift(b, pad, f"{name}.y"), self._shift(b, pad, f"{name}.x"), self._flip(b, flips, f"{name}.flip"))
+            if isinstance(images, Rows):
+                return replay_gather(images.store.images, images.index, dy=dy, dx=dx, flip=flip, pad=pad, mean=self.mean, std=self.std)
+            return augment.normalise(augment.crop_flip(images, dy, dx, flip, pad) if pad or flips else images, self.mean, self.std)
+        x = images.store.read(images.index) if isinstance(images, Rows) else images
+        x = self._resized(x, scale, name) if kind == "resized_crop" else self._rolled(x, name)
+        return augment.normalise(x, self.mean, self.std)
+
+    def _shift(self, b: Tensor, pad: int, name: str) -> Tensor:
+        return self.rng.integers(2 * pad + 1, b, name=name)
+
+    def _flip(self, b: Tensor, allowed: bool, name: str) -> Tensor:
+        flip = self.rng.integers(2, b, name=name) == 1
+        return flip if allowed and self.augmentation.flip else torch.zeros_like(flip)
+
+    def _resized(self, x: Tensor, scale: float, name: str) -> Tensor:
+        """Area U[scale, 1], aspect log-uniform in [3/4, 4/3], place uniform; sides are clamped to the image."""
+        h, w = x.shape[-2:]
+        u = self.rng.uniform(x, 4, name=name)
+        area = h * w * (scale + (1 - scale) * u[:, 0])
+        aspect = torch.exp((2 * u[:, 1] - 1) * math.log(4 / 3))
+        width, height = torch.sqrt(area * aspect).clamp(max=w), torch.sqrt(area / aspect).clamp(max=h)
+        top, left = u[:, 2] * (h - height), u[:, 3] * (w - width)
+        return augment.resized_crop(x, top, left, height, width, self._flip(x, True, f"{name}.flip"))
+
+    def _rolled(self, x: Tensor, name: str) -> Tensor:
+        """One roll of ± an eighth of the size and one flip for the whole batch, equal on all ranks."""
+        h, w = x.shape[-2] // 8, x.shape[-1] // 8
+        dy, dx = self.rng.pick(2 * h + 1, name=f"{name}.y") - h, self.rng.pick(2 * w + 1, name=f"{name}.x") - w
+        flip = self.rng.pick(2, name=f"{name}.flip") == 1
+        return augment.roll_flip(x, dy, dx, flip & self.augmentation.flip)
+
+
+AUGMENTATIONS = ("none", "crop", "crop_flip", "resized_crop", "roll_flip")
+_TOOLBOX = frozenset(n for n, v in vars(Method).items() if not n.startswith("__") and (callable(v) or isinstance(v, staticmethod)))
+
+
+def steps(method: Method, epoch: int) -> Iterator[tuple[int, Callable[..., Any], tuple[Any, ...], int]]:
+    """Walk an epoch: (number of the step, its function, its arguments, how often its name came before in this epoch)."""
+    seen: dict[str, int] = {}
+    for i, item in enumerate(method.epoch(epoch)):
+        fn, *args = item if isinstance(item, tuple) else (item,)
+        name = fn.__name__
+        yield i, fn, tuple(args), seen.setdefault(name, 0)
+        seen[name] += 1
+
+
+def _own_rows(p: Tensor) -> bool:
+    return getattr(p, "per_sample", False)

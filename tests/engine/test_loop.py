@@ -1,0 +1,133 @@
+"""The loop on a small method: events, damage, changed configuration, failing saves, stop signals, collapse to NaN."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from fastkd.engine import checkpoint, events, loop
+from fastkd.engine.folder import locked, next_numbered, prepare
+from fastkd.engine.signals import watched
+from fastkd.errors import CheckpointError, ConfigError, NumericalError, PlaceError
+from tests import small
+
+
+def test_events_hold_every_epoch_once_also_after_a_resume(tmp_path):
+    small.run(small.prepared("muse"), tmp_path, max_steps=9, every_steps=4)
+    method = small.prepared("muse")
+    small.run(method, tmp_path, resume=True)
+    curve = events.curve(tmp_path / "events.jsonl")
+    assert [e["epoch"] for e in curve] == [0, 1, 2]
+    assert [e["trained"] for e in curve] == [False, True, True]
+    assert {"agreement", "confidence", "balance"} <= curve[-1].keys()
+    assert curve[-1]["step"] == curve[-1]["steps"] and set(curve[-1]["seconds"]) >= {"synthesis", "distillation", "memory", "evaluation"}
+
+
+def test_a_torn_line_of_the_log_is_skipped(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"kind": "epoch", "epoch": 0}\n[1]\n{"kind": "epoch", "epoch": 1}\n{"kind": "epo')
+    assert [e["epoch"] for e in events.curve(path)] == [0, 1]
+
+
+def test_a_damaged_checkpoint_costs_only_its_steps(tmp_path):
+    whole = small.prepared("fast")
+    small.run(whole)
+    small.run(small.prepared("fast"), tmp_path, max_steps=11, every_steps=5)
+    newest = checkpoint.listed(tmp_path / "checkpoints")[0]
+    (newest / "state.safetensors").write_bytes(b"cut")
+    resumed = small.prepared("fast")
+    small.run(resumed, tmp_path, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.student.parameters(), resumed.student.parameters(), strict=True))
+    assert any("damaged" in e["text"] for e in events.read(tmp_path / "events.jsonl") if e["kind"] == "warning")
+
+
+def test_another_configuration_is_refused_by_name(tmp_path):
+    small.run(small.prepared("fast"), tmp_path, max_steps=3, about={"config": "a", "teacher": "1"})
+    with pytest.raises(ConfigError, match="another teacher: it was 1, now 2"):
+        small.run(small.prepared("fast"), tmp_path, resume=True, about={"config": "a", "teacher": "2"})
+
+
+def test_a_checkpoint_of_another_method_does_not_fit(tmp_path):
+    small.run(small.prepared("fast"), tmp_path, max_steps=3)
+    with pytest.raises(CheckpointError, match="does not fit this run"):
+        small.run(small.prepared("noise"), tmp_path, resume=True)
+
+
+def test_failing_saves_do_not_end_a_run_until_the_third(tmp_path, monkeypatch):
+    def full(*args, **kw):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    small.run(small.prepared("fast"), tmp_path, max_steps=2)
+    monkeypatch.setattr(checkpoint, "write", full)
+    with pytest.raises(CheckpointError, match=r"three checkpoints in a row.*the disk is full"):
+        small.run(small.prepared("fast"), tmp_path, resume=True, every_steps=2)
+    monkeypatch.undo()
+    warned = [e["text"] for e in events.read(tmp_path / "events.jsonl") if e["kind"] == "warning"]
+    assert len(warned) == 3 and checkpoint.newest(tmp_path / "checkpoints", []).manifest["step"] == 2
+
+
+def test_a_stop_signal_saves_and_leaves_with_75(tmp_path):
+    method = small.prepared("fast")
+    with watched() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        code = loop.run(method, loop.Settings(poll=1, every_minutes=1e6), events.Events(tmp_path), tmp_path, stop)
+    assert code == 75 and checkpoint.newest(tmp_path / "checkpoints", []).manifest["step"] == 1
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_method_that_stops_being_finite_ends_with_a_sentence():
+    method = small.prepared("noise")
+    with torch.no_grad():
+        next(iter(method.student.parameters())).fill_(float("nan"))
+    with pytest.raises(NumericalError, match="'learn' steps were not finite"):
+        small.run(method)
+
+
+def test_a_non_finite_step_changes_nothing():
+    method = small.prepared("noise")
+    w = torch.nn.Parameter(torch.ones(3))
+    for opt in (method.adam([w], lr=0.1), method.sgd([w], lr=0.1)):
+        method.minimise({"good": (w * 2).sum()}, opt)
+        before, state = w.detach().clone(), [t.clone() for t in opt.state[w].values()]
+        method.minimise({"bad": (w * float("nan")).sum()}, opt)
+        assert torch.equal(before, w) and all(torch.equal(a, b) for a, b in zip(state, opt.state[w].values(), strict=True))
+        assert (w.grad == 0).all()
+
+
+def test_clip_and_per_sample_rows():
+    method = small.prepared("noise")
+    w = torch.nn.Parameter(torch.zeros(4))
+    opt = method.sgd([w], lr=1.0, momentum=0.0)
+    total = method.minimise({"a": (w * torch.tensor([3.0, 0, 4.0, 0])).sum(), "b": torch.ones(())}, opt, clip=1.0)
+    torch.testing.assert_close(w.detach(), -torch.tensor([0.6, 0, 0.8, 0]))
+    assert total == 1.0
+    assert method.per_sample(4, 2).per_sample and method.buffer(4).per_sample
+
+
+def test_folders(tmp_path):
+    assert next_numbered(tmp_path, "muse").name == "muse-001"
+    (tmp_path / "muse-009").mkdir()
+    (tmp_path / "muse-x").mkdir()
+    assert next_numbered(tmp_path, "muse").name == "muse-010"
+    prepare(tmp_path / "new" / "deep", resume=False)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(PlaceError, match="is a file"):
+        prepare(tmp_path / "file", resume=False)
+    with pytest.raises(PlaceError, match="cannot be written"):
+        prepare(tmp_path / "file" / "below", resume=False)
+    with pytest.raises(ConfigError, match="not empty"):
+        prepare(tmp_path, resume=False)
+
+
+def test_a_folder_has_one_owner_and_a_dead_one_is_replaced(tmp_path):
+    with locked(tmp_path), pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"), locked(tmp_path):
+        pass
+    (tmp_path / "lock").write_text(json.dumps({"pid": 999999999, "host": os.uname().nodename}))
+    with locked(tmp_path):
+        assert (tmp_path / "lock").exists()
+    assert not (tmp_path / "lock").exists()

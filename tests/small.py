@@ -1,0 +1,85 @@
+"""Small runs of any registered method: a tiny teacher and student, a few steps an epoch, seconds on a CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from fastkd import methods, models
+from fastkd.engine import loop
+from fastkd.engine.events import Events
+from fastkd.log import Log
+from fastkd.method import Augment, Given, Method
+from fastkd.nn import Student, instrument
+from fastkd.rng import Rng
+
+FIELDS: dict[str, Any] = {
+    **{"epochs": 3, "warmup": 1, "batch": 12, "kd_batch": 8, "kd_steps": 3, "g_steps": 2, "g_loops": 1, "gwp_loops": 2, "g_life": 2},
+    **{"hidden": 16, "nz": 8, "loops": 1, "n_images": 24, "reset_l0_at": 2, "lr": 0.05, "lr_g": 1e-3},
+}
+"""Values for whichever of these fields a method has."""
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *[(name, {}) for name in methods.METHODS],
+    ("muse", {"resolutions": (8, 16), "cam_at": "below", "res_schedule": "remaining"}),
+    (
+        "muse",
+        {"cam_layer": "pre_last_stage", "cam_norm": "relu_max", "cam_compare": "image", "head": "detached", "kd_resolution": "nominal"},
+    ),
+    ("fast", {"meta": "reptile"}),
+    ("fast", {"meta": "none", "pool_select": "last"}),
+    ("noise", {"kind": "uniform"}),
+]
+"""Every method, and the switches that change its steps."""
+
+
+def ident(variant: tuple[str, dict[str, Any]]) -> str:
+    """A readable test id."""
+    return "-".join([variant[0], *(f"{k}={v}" for k, v in variant[1].items())]).replace(" ", "")
+
+
+def small(name: str, over: dict[str, Any] | None = None) -> Method:
+    """A method with small settings."""
+    cls = methods.method_class(name)
+    known = {f.name for f in dataclasses.fields(cls)}
+    return cls(**{k: v for k, v in {**FIELDS, **(over or {})}.items() if k in known or k in (over or {})})
+
+
+def given(seed: int = 0, *, classes: int = 4, size: int = 16, channels: int = 1) -> Given:
+    """A random teacher whose running statistics are those of some random images, and a smaller student of another family."""
+    torch.manual_seed(7)
+    net = models.build("resnet8", classes=classes, channels=channels, input_size=size)
+    net.train()
+    with torch.no_grad():
+        for _ in range(5):
+            net(torch.randn(16, channels, size, size))
+    shape = (channels, size, size)
+    embeddings = torch.randn(classes, 6) * 4
+    student = Student(models.build("wrn10_1", classes=classes, channels=channels, input_size=size), shape=shape)
+    return Given(
+        teacher=instrument(net, shape=shape),
+        student=student,
+        shape=shape,
+        classes=classes,
+        mean=torch.full((channels,), 0.4),
+        std=torch.full((channels,), 0.3),
+        seed=seed,
+        rng=Rng("cpu"),
+        log=Log("cpu"),
+        device=torch.device("cpu"),
+        embeddings=embeddings,
+        augmentation=Augment(True, 2),
+    )
+
+
+def prepared(name: str, over: dict[str, Any] | None = None, seed: int = 0, **kw: Any) -> Method:
+    """A method that is built and sealed."""
+    method = small(name, over)
+    loop.prepare(method, given(seed, **kw))
+    return method
+
+
+def run(method: Method, out=None, *, resume: bool = False, **settings: Any) -> int:
+    """Walk all its epochs, or up to `max_steps`."""
+    return loop.run(method, loop.Settings(seed=method.seed, poll=2, every_minutes=1e6, **settings), Events(out), out, resume=resume)
