@@ -1,0 +1,33 @@
+"""The methods by name. This table is all that is known of a method without torch; a new one is one file and one line here."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from fastkd.errors import ConfigError, unknown
+
+METHODS = {
+    "muse": "fastkd.methods.muse:Muse",
+    "nayer": "fastkd.methods.nayer:Nayer",
+    "fast": "fastkd.methods.fast:Fast",
+    "noise": "fastkd.methods.noise:Noise",
+}
+
+
+def names() -> list[str]:
+    """Names of all methods."""
+    return list(METHODS)
+
+
+def method_class(name: str, table: dict[str, Any] | None = None) -> Any:
+    """The class of a method. An entry may also name a function from the method's table of fields to a class.
+
+    Raises:
+      ConfigError: no method of that name.
+    """
+    if name not in METHODS:
+        raise ConfigError(unknown("method", name, METHODS))
+    module, _, attribute = METHODS[name].partition(":")
+    found = getattr(importlib.import_module(module), attribute)
+    return found if isinstance(found, type) else found(table or {})

@@ -1,0 +1,85 @@
+"""What the methods that fill a pool by inversion share: pool, BN-statistic matching, one-hot and adversarial terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastkd import losses
+from fastkd.memory import Best, Store
+from fastkd.memory.store import Quant
+from fastkd.methods._student import StudentPhase
+from fastkd.nn import BnEma, Trace
+from fastkd.ops import bn_match_loss
+
+
+class Call:
+    """What one generator keeps between the steps of a synthesis call: labels, best batch, BN averages, and its pool.
+
+    `image` and `y` are this rank's rows of the batch.
+    """
+
+    def __init__(self, y: Tensor, image: Tensor, ema: BnEma, pool: Store):
+        self.y, self.image, self.ema, self.pool = y, image, ema, pool
+        self.best = Best(x=image)
+
+
+@dataclass
+class PoolMethod(StudentPhase):
+    """Inversion into an append-only pool of 8-bit images, then distillation on it (substrate 3, 5, 6)."""
+
+    oh: float = 0.5
+    """weight of the one-hot loss CE(t, y)"""
+    bn: float = 10.0
+    """weight of the BN-statistics loss"""
+    adv: float = 1.33
+    """weight of the adversarial loss"""
+    bn_mmt: float = 0.9
+    """momentum of the BN statistics over calls; 0: plain loss"""
+    pool_select: Literal["best", "last"] = "best"
+    """which iterate of a call is stored"""
+    pool_quant: Quant = "floor"
+    """how [0, 1] becomes 8 bits"""
+
+    def call(self, size: int, capacity: int) -> Call:
+        """State of a generator of `size` × `size` images whose pool holds `capacity` of them."""
+        c = self.shape[0]
+        pool = Store(self.rng, capacity, (c, size, size), quant=self.pool_quant, label=torch.int16)
+        pool.reserve(self.kd_steps * self.kd_batch)
+        y = self.buffer(self.batch, dtype=torch.int64)
+        return Call(y, self.buffer(self.batch, c, size, size), self.place(BnEma(self.teacher.target.shape[1], self.bn_mmt)), pool)
+
+    def inversion_terms(self, x: Tensor, call: Call, adversary: bool) -> dict[str, Tensor]:
+        """L_G of a batch as the networks see it; `adversary`: the student takes part."""
+        t = self.teacher(x, *self.asks())
+        terms = {
+            "bn": self.bn * bn_match_loss(call.ema.mix(t.bn), self.teacher.target, self.teacher.split),
+            "oh": self.oh * losses.cross_entropy(t.logits, call.y),
+        }
+        s = None
+        if adversary:
+            with self.evaluating(self.student):
+                s = self.student.trace(x)
+            terms["adv"] = self.adv * losses.adv_masked_kl(t.logits, s.logits)
+        self.tell(agree=(t.logits.argmax(1) == call.y).to(t.logits.dtype).mean())
+        return terms | self.more_terms(x, t, s, call)
+
+    def asks(self) -> tuple[str, ...]:
+        """What the teacher is asked for beside logits, feature and map."""
+        return ("bn",)
+
+    def more_terms(self, x: Tensor, t: Trace, s: Trace | None, call: Call) -> dict[str, Tensor]:
+        """Terms that a method adds to L_G; `s` is None while the adversary is off."""
+        return {}
+
+    def offer(self, call: Call, total: Tensor, x: Tensor) -> None:
+        """Keep x, un-augmented, if its total is the lowest of the call: recorded before the update, judged on this step's view."""
+        call.best.offer(total, always=self.pool_select == "last", x=x)
+
+    def keep(self, call: Call) -> None:
+        """End of a call: move the BN averages once, append the kept batch."""
+        call.ema.update()
+        call.pool.add(call.image, label=call.y)

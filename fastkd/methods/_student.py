@@ -1,0 +1,96 @@
+"""The student phase that all methods with a store of images share: shuffled passes, teacher logits, KL, SGD with cosine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastkd import losses
+from fastkd.memory import Rows, Store
+from fastkd.method import Method, Step, step
+
+
+@dataclass
+class StudentPhase(Method):
+    """Distils the student on the rows of `stores()`. `build` of a subclass makes them and calls `build_student`."""
+
+    epochs: int = 220
+    """all epochs, warm-up included"""
+    warmup: int = 20
+    """first epochs, in which only images are made"""
+    batch: int = 256
+    """images of a synthesis batch, over all ranks"""
+    aug: str = "crop_flip"
+    """augmentation between generator and networks"""
+    kd_batch: int = 256
+    """images of a student step, over all ranks"""
+    kd_steps: int = 400
+    """student steps an epoch"""
+    kd_aug: str = "crop_flip"
+    """augmentation of a student step"""
+    tau: float = 20.0
+    """temperature"""
+    lr: float = 0.2
+    """student learning rate; cosine to eta_min over the epochs after warm-up"""
+    momentum: float = 0.9
+    """student SGD momentum"""
+    weight_decay: float = 1e-4
+    """student SGD weight decay"""
+    eta_min: float = 2e-4
+    """final student learning rate"""
+
+    def build_student(self) -> None:
+        self.opt_s = self.sgd(self.student_parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        self.student.train()
+
+    def student_parameters(self) -> list[Tensor]:
+        return list(self.student.parameters())
+
+    def stores(self) -> list[Store]:
+        """The stores that a student phase deals from."""
+        raise NotImplementedError
+
+    def trains_student(self, e: int) -> bool:
+        return e >= self.warmup
+
+    def student_epoch(self, e: int) -> Iterator[Step]:
+        """Learning rate, order of the images, `kd_steps` steps; nothing during warm-up."""
+        if self.trains_student(e):
+            yield self.anneal, e - self.warmup
+            yield self.deal
+            for _ in range(self.kd_steps):
+                yield self.learn
+
+    @step("distillation", eager=True)
+    def anneal(self, k: int) -> None:
+        cosine = (1 + math.cos(math.pi * k / max(1, self.epochs - self.warmup))) / 2
+        self.set_lr(self.opt_s, self.eta_min + (self.lr - self.eta_min) * cosine)
+
+    @step("memory", eager=True)
+    def deal(self) -> None:
+        for store in self.stores():
+            if len(store):
+                store.deal()
+
+    @step("distillation")
+    def learn(self) -> None:
+        rows = self.stores()[0].next(self.kd_batch)
+        x = self.view(rows, self.kd_aug, name="kd")
+        with torch.no_grad():
+            t = self.teacher(x).logits
+        self.minimise(self.student_terms(x, t, rows), self.opt_s)
+
+    def student_terms(self, x: Tensor, t: Tensor, rows: Rows) -> dict[str, Tensor]:
+        """L_S: the temperature-scaled KL; add-ons extend it."""
+        return {"kl": losses.kl_tau(t, self.student(x), self.tau)}
+
+    def sample(self, n: int) -> Tensor | None:
+        store = self.stores()[0]
+        return self.view(Rows(store, store.newest(n)), "none") if len(store) else None
+
+    def report(self) -> dict[str, float]:
+        return {"images": float(sum(len(s) for s in self.stores())), "replay_bytes": float(sum(s.bytes for s in self.stores()))}

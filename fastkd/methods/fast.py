@@ -1,0 +1,130 @@
+"""FastDFKD (Fang et al., "Up to 100x Faster Data-free Knowledge Distillation", AAAI 2022): a meta-learned generator that is adapted
+for 2-10 steps a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from fastkd.memory import Store
+from fastkd.method import Step, step
+from fastkd.methods._pool import PoolMethod
+from fastkd.nn import copy_
+
+
+@dataclass
+class Fast(PoolMethod):
+    """Defaults: Fast-5, ResNet-34 → ResNet-18 on CIFAR-10/100 [code]. ImageNet: see the recipe of that name."""
+
+    generator_name: Literal["g_fast", "g_deep"] = "g_fast"
+    """g_deep: a latent map on an H/16 grid, for 224 px"""
+    nz: int = 256
+    """latent size"""
+    g_steps: int = 5
+    """inner steps a call"""
+    loops: int = 1
+    """synthesis calls an epoch"""
+    lr_g: float = 3e-3
+    """inner learning rate of the generator"""
+    lr_z: float = 0.01
+    """inner learning rate of the latents"""
+    meta: Literal["fomaml", "reptile", "none"] = "fomaml"
+    """update rule of the meta-generator; none: the generator is used on sequentially"""
+    lr_meta: float | None = None
+    """meta learning rate; none: lr_g · g_steps"""
+    meta_grad_reduce: Literal["sum", "mean"] = "sum"
+    """how FOMAML combines the gradients of the inner steps"""
+    reptile: float = 67.0
+    """factor of theta - theta' (ImageNet: 1)"""
+    meta_latent: bool = False
+    """latents start from a meta-learned z0 (ImageNet); Adam of theta and z0"""
+    lr_z_meta: float = 5e-3
+    """meta learning rate of z0"""
+    redraw_every: int = 0
+    """calls after which z0 is drawn anew and the meta optimiser is fresh (ImageNet: 50); 0: never"""
+    reset_l0_at: int | None = -1
+    """1-based call at which the first linear and BN are re-initialised once; -1: 120 + warmup, none: never"""
+    adv_start: int | None = None
+    """1-based call from which the adversary takes part; none: the number of warm-up epochs, as released"""
+
+    def build(self) -> None:
+        self.build_student()
+        self.latent = (self.nz,) if self.generator_name == "g_fast" else (self.nz, self.shape[1] // 16, self.shape[2] // 16)
+        self.theta, self.clone = (self.generator(self.generator_name, self.nz) for _ in range(2))
+        self.z, self.z0 = self.per_sample(self.batch, *self.latent), self.per_sample(self.batch, *self.latent)
+        lr_meta = self.lr_g * self.g_steps if self.lr_meta is None else self.lr_meta
+        slow = [{"params": [self.z0], "lr": self.lr_z_meta}] if self.meta_latent else []
+        self.meta_opt = self.adam(self.theta.parameters(), *slow, lr=lr_meta, betas=(0.5, 0.999))
+        self.inner = self.adam(self.clone.parameters(), {"params": [self.z], "lr": self.lr_z}, lr=self.lr_g, betas=(0.5, 0.999))
+        self.meta_grad = [torch.zeros_like(p) for p in self.fast_weights()]
+        for own, p in zip(self.meta_grad, self.fast_weights(), strict=True):
+            own.per_sample = getattr(p, "per_sample", False)  # type: ignore[attr-defined]
+        self.task = self.call(self.shape[-1], self.epochs * self.loops * self.batch)
+        self.pool = self.task.pool
+
+    def stores(self) -> list[Store]:
+        return [self.pool]
+
+    def slow_weights(self) -> list[nn.Parameter]:
+        return [*self.theta.parameters(), *([self.z0] if self.meta_latent else [])]
+
+    def fast_weights(self) -> list[nn.Parameter]:
+        return [*self.clone.parameters(), *([self.z] if self.meta_latent else [])]
+
+    def epoch(self, e: int) -> Iterator[Step]:
+        for call in range(e * self.loops + 1, (e + 1) * self.loops + 1):
+            if call == (120 + self.warmup if self.reset_l0_at == -1 else self.reset_l0_at):
+                yield self.reset_first_layer
+            if self.meta_latent and (call == 1 or (self.redraw_every and call % self.redraw_every == 0)):
+                yield self.redraw_latents
+            yield self.start
+            for _ in range(self.g_steps):
+                yield self.adapt, call >= (self.warmup if self.adv_start is None else self.adv_start)
+            yield self.meta_update
+            yield self.remember
+        yield from self.student_epoch(e)
+
+    @step("synthesis", eager=True)
+    def reset_first_layer(self) -> None:
+        for m in (self.theta.l0, self.theta.bn0):
+            nn.init.normal_(m.weight, 0, 0.02)
+            nn.init.zeros_(m.bias)
+
+    @step("synthesis", eager=True)
+    def redraw_latents(self) -> None:
+        self.z0.data.copy_(self.rng.normal(self.batch, *self.latent))
+        self.reset(self.meta_opt)
+
+    @step("synthesis")
+    def start(self) -> None:
+        self.z.data.copy_(self.z0 if self.meta_latent else self.rng.normal(self.batch, *self.latent))
+        self.task.y.copy_(self.rng.labels(self.batch, self.classes))
+        copy_(self.clone, self.theta)
+        self.reset(self.inner)
+        self.task.best.reset()
+        torch._foreach_zero_(self.meta_grad)
+
+    @step("synthesis")
+    def adapt(self, adversary: bool) -> None:
+        x = self.clone(self.z)
+        total = self.minimise(self.inversion_terms(self.view(x), self.task, adversary), self.inner)
+        torch._foreach_add_(self.meta_grad, [p.grad for p in self.fast_weights()])  # type: ignore[misc]
+        self.offer(self.task, total, x)
+
+    @step("synthesis")
+    def meta_update(self) -> None:
+        if self.meta == "none":
+            copy_(self.theta, self.clone)
+        elif self.meta == "fomaml":
+            self.apply(self.meta_opt, [g / self.g_steps if self.meta_grad_reduce == "mean" else g.clone() for g in self.meta_grad])
+        else:
+            moved = zip(self.slow_weights(), self.fast_weights(), strict=True)
+            self.apply(self.meta_opt, [self.reptile * (p - q).detach() for p, q in moved])
+
+    @step("memory", eager=True)
+    def remember(self) -> None:
+        self.keep(self.task)

@@ -1,0 +1,112 @@
+"""NAYER (Tran et al., CVPR 2024): a generator fed with label-text embeddings through a noisy layer that is drawn anew every loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastkd.errors import ConfigError
+from fastkd.memory import Store
+from fastkd.method import Step, step
+from fastkd.methods._pool import PoolMethod
+
+
+@dataclass
+class Nayer(PoolMethod):
+    """Defaults: NAYER-100 on CIFAR-10 [code]."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"bn", "embeddings"})
+
+    epochs: int = 120
+    batch: int = 400
+    kd_batch: int = 512
+    g_steps: int = 30
+    """generator steps a loop"""
+    g_loops: int = 2
+    """loops an epoch after warm-up"""
+    gwp_loops: int = 10
+    """loops an epoch during warm-up"""
+    g_life: int = 10
+    """epochs after which the generator is re-created"""
+    lr_g: float = 4e-3
+    """generator learning rate; a fresh Adam every loop"""
+    hidden: int = 1000
+    """outputs of a noisy linear layer"""
+
+    def check(self) -> None:
+        if self.embeddings is None:
+            raise ConfigError(
+                "label-text embeddings are missing; expected a table with one row a class (--set embeddings.source=random makes one)."
+            )
+
+    def sizes(self) -> tuple[int, ...]:
+        """Resolutions at which images are made."""
+        return (self.shape[-1],)
+
+    def loops(self, e: int) -> list[int]:
+        """The resolution of each synthesis loop of epoch e."""
+        return [self.shape[-1]] * (self.gwp_loops if e < self.warmup else self.g_loops)
+
+    def build(self) -> None:
+        self.build_student()
+        made = [size for e in range(self.epochs) for size in self.loops(e)]
+        self.G, self.opt_g, self.at = {}, {}, {}
+        for size in self.sizes():
+            self.G[size] = self.generator(
+                "g_nl" if size <= 64 else "g_nl_deep",
+                self.hidden,
+                (self.shape[0], size, size),
+                embeddings=self.embeddings,
+                batch=self.batch,
+            )
+            self.opt_g[size] = self.adam(self.G[size].parameters(), lr=self.lr_g, betas=(0.5, 0.999))
+            self.at[size] = self.call(size, made.count(size) * self.batch)
+        self.pool = self.at[self.sizes()[0]].pool
+
+    def stores(self) -> list[Store]:
+        return [c.pool for c in self.at.values()]
+
+    def epoch(self, e: int) -> Iterator[Step]:
+        if e % self.g_life == 0 or (e - self.warmup) % self.g_life == 0:
+            yield self.recreate
+        for size in self.loops(e):
+            yield self.redraw, size
+            for _ in range(self.g_steps):
+                yield self.invert, size, e >= self.warmup
+            yield self.remember, size
+        yield from self.student_epoch(e)
+
+    @step("synthesis", eager=True)
+    def recreate(self) -> None:
+        for net in self.G.values():
+            net.reinit()
+
+    @step("synthesis")
+    def redraw(self, size: int) -> None:
+        self.G[size].redraw(self.rng.whole("noisy"))
+        self.at[size].y.copy_(self.balanced())
+        self.reset(self.opt_g[size])
+        self.at[size].best.reset()
+
+    def balanced(self) -> Tensor:
+        """floor(B / C) copies of 0 … C - 1, then random labels at the end; this rank's rows."""
+        rows = self.rows(self.batch).to(self.device)
+        whole = self.batch // self.classes * self.classes
+        return torch.where(rows < whole, rows % self.classes, self.rng.labels(self.batch, self.classes))
+
+    @step("synthesis")
+    def invert(self, size: int, adversary: bool) -> None:
+        x = self.G[size](self.at[size].y)
+        total = self.minimise(self.inversion_terms(self.view(x, self.aug_at(size)), self.at[size], adversary), self.opt_g[size])
+        self.offer(self.at[size], total, x)
+
+    def aug_at(self, size: int) -> str:
+        return self.aug
+
+    @step("memory", eager=True)
+    def remember(self, size: int) -> None:
+        self.keep(self.at[size])

@@ -1,0 +1,45 @@
+"""Noise: the floor that every method must beat. The student learns the teacher's answers to pure noise, with the steps of another run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from fastkd.memory import Store
+from fastkd.method import Step
+from fastkd.methods._student import StudentPhase
+
+
+@dataclass
+class Noise(StudentPhase):
+    """All fields but `kind` and `n_images` are those of the run it is compared with; there is no warm-up."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    epochs: int = 200
+    warmup: int = 0
+    kind: Literal["gaussian", "uniform"] = "gaussian"
+    """gaussian: N(0, 1) in the teacher's normalised space; uniform: U[0, 1], augmented like the compared run's images"""
+    n_images: int = 50_000
+    """the compared run's pool at its end"""
+
+    @property
+    def space(self) -> Literal["unit", "normalised"]:  # type: ignore[override]
+        return "normalised" if self.kind == "gaussian" else "unit"
+
+    def build(self) -> None:
+        self.build_student()
+        gaussian = self.kind == "gaussian"
+        self.pool = Store(self.rng, self.n_images, self.shape, torch.float16 if gaussian else torch.uint8)
+        self.pool.reserve(self.kd_steps * self.kd_batch)
+        draw = self.rng.normal if gaussian else self.rng.uniform
+        for start in range(0, self.n_images, 4096):
+            self.pool.add(draw(min(4096, self.n_images - start), *self.shape, name="noise"))
+
+    def stores(self) -> list[Store]:
+        return [self.pool]
+
+    def epoch(self, e: int) -> Iterator[Step]:
+        yield from self.student_epoch(e)

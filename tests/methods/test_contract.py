@@ -1,0 +1,131 @@
+"""What every registered method inherits from the engine, whatever it does."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from fastkd.engine import state
+from fastkd.log import Log
+from fastkd.method import steps
+from tests import small
+from tests.recorder import NoHostRead, Recording
+
+each = pytest.mark.parametrize("variant", small.VARIANTS, ids=small.ident)
+
+
+def bits(method):
+    tensors, numbers = state.collect(method)
+    return {**{k: v.clone() for k, v in tensors.items()}, **numbers}
+
+
+def differing(a, b):
+    assert a.keys() == b.keys()
+    same = lambda x, y: torch.equal(x.nan_to_num(7e7), y.nan_to_num(7e7)) if isinstance(x, torch.Tensor) else x == y  # noqa: E731
+    return [k for k in a if not same(a[k], b[k])]
+
+
+@each
+def test_walking_an_epoch_changes_nothing(variant):
+    method = small.prepared(*variant)
+    before, global_rng = bits(method), torch.get_rng_state()
+    generators = {k: g.get_state() for k, g in method.rng._streams.items()}
+    first = [[(i, fn.__name__, args, n) for i, fn, args, n in steps(method, e)] for e in range(method.epochs)]
+    again = [[(i, fn.__name__, args, n) for i, fn, args, n in steps(method, e)] for e in reversed(range(method.epochs))][::-1]
+    assert first == again and sum(map(len, first)) > 0
+    assert not differing(before, bits(method))
+    assert torch.equal(global_rng, torch.get_rng_state())
+    assert all(torch.equal(s, method.rng._streams[k].get_state()) for k, s in generators.items()) and len(generators) == len(
+        method.rng._streams
+    )
+
+
+@each
+def test_killed_at_random_steps_and_resumed_is_bit_identical(variant, tmp_path):
+    whole = small.prepared(*variant)
+    total = sum(1 for e in range(whole.epochs) for _ in steps(whole, e))
+    assert small.run(whole) == 0
+    at = random.Random(str(variant)).sample(range(1, total - 1), 2)
+    for kill in (*at, total - 1):
+        out = tmp_path / f"at{kill}"
+        out.mkdir()
+        assert small.run(small.prepared(*variant), out, max_steps=kill) == 75
+        resumed = small.prepared(*variant)
+        assert small.run(resumed, out, resume=True) == 0
+        assert not differing(bits(whole), bits(resumed)), f"killed after step {kill} of {total}"
+
+
+@each
+def test_no_host_synchronisation_in_a_capturable_step(variant):
+    method, read = small.prepared(*variant), {}
+    for e in range(2):
+        for _, fn, args, n in steps(method, e):
+            method.rng.at(0, e, fn.__name__, n)
+            with NoHostRead() as watch:
+                fn(*args)
+            method.step_ends()
+            if not fn.eager and watch.found:
+                read[fn.__name__] = set(watch.found)
+    # On the CPU torch's fused optimisers read nothing through the dispatcher, so nothing is excused.
+    assert not read
+
+
+@each
+def test_recorded_and_replayed_steps_equal_eager_ones(variant):
+    eager, replayed = small.prepared(*variant), small.prepared(*variant)
+    graphs, replays = {}, 0
+    seen: dict[tuple, int] = {}
+    for e in range(eager.epochs):
+        for (_, fn, args, n), (_, same, _, _) in zip(steps(eager, e), steps(replayed, e), strict=True):
+            key = (fn.__name__, args)
+            for method, call in ((eager, fn), (replayed, same)):
+                method.rng.at(0, e, fn.__name__, n)
+                method.log.prefix = fn.__name__
+                if method is eager or fn.eager or seen.get(key, 0) < 1:  # the first call is eager: it makes the slots of the log
+                    call(*args)
+                elif key not in graphs:
+                    with Recording() as graphs[key]:
+                        call(*args)
+                else:
+                    graphs[key].replay()
+                    replays += 1
+                method.step_ends()
+            seen[key] = seen.get(key, 0) + 1
+    assert replays > 0
+    assert not differing(bits(eager), bits(replayed))
+
+
+@each
+def test_teacher_is_frozen_and_terms_are_named_and_finite(variant):
+    method = small.prepared(*variant)
+    before = {k: v.clone() for k, v in method.teacher.state_dict().items()}
+    student = [p.detach().clone() for p in method.student.parameters()]
+    seen: dict[str, float] = {}
+    log, method_log = Log(), method.log
+    assert log.read() == {}
+    for e in range(method.epochs):
+        for _, fn, args, n in steps(method, e):
+            method.rng.at(0, e, fn.__name__, n)
+            method_log.prefix = fn.__name__
+            fn(*args)
+            assert all(p.grad is None and not p.requires_grad for p in method.teacher.parameters())
+            method.step_ends()
+            assert all(p.grad is None for p in method.student.parameters())
+        seen |= method_log.read()
+    assert seen and all(name.count(".") == 1 for name in seen)
+    assert all(v == v and abs(v) != float("inf") for v in seen.values()), seen
+    assert all(v == 0 for k, v in seen.items() if k.endswith(".skipped"))
+    assert any(k.startswith("learn.") and v > 0 for k, v in seen.items())
+    assert all(torch.equal(v, method.teacher.state_dict()[k]) for k, v in before.items())
+    assert not method.teacher.training
+    assert any(not torch.equal(a, b) for a, b in zip(student, method.student.parameters(), strict=True))
+
+
+@each
+def test_attributes_are_sealed_after_build(variant):
+    method = small.prepared(*variant)
+    for name in ("opt_s", "anything", "epochs", "learn"):
+        with pytest.raises(AttributeError, match=name):
+            setattr(method, name, 1)

@@ -1,0 +1,176 @@
+"""FastDFKD against its card."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastkd.method import steps
+from fastkd.nn import copy_
+from tests import small
+
+
+def walk(method, until=None, epochs=1):
+    for e in range(epochs):
+        for _, fn, args, n in steps(method, e):
+            if fn.__name__ == until:
+                return
+            method.rng.at(method.seed, e, fn.__name__, n)
+            method.log.prefix = fn.__name__
+            fn(*args)
+            method.step_ends()
+
+
+def names(method, e):
+    return [fn.__name__ for _, fn, _, _ in steps(method, e)]
+
+
+def test_the_algorithm_box():
+    m = small.prepared("fast", {"g_steps": 3, "kd_steps": 2, "reset_l0_at": None, "epochs": 3, "warmup": 1})
+    assert names(m, 0) == ["start", "adapt", "adapt", "adapt", "meta_update", "remember"]
+    assert names(m, 1) == [*names(m, 0), "anneal", "deal", "learn", "learn"]
+
+
+def test_adversary_starts_when_the_one_based_call_reaches_warmup():
+    m = small.prepared("fast", {"epochs": 6, "warmup": 4})
+    on = [args[0] for e in range(6) for _, fn, args, _ in steps(m, e) if fn.__name__ == "adapt"]
+    assert on == [False] * 6 + [True] * 6  # two inner steps a call; calls 4, 5, 6 (epochs 3, 4, 5)
+    m = small.prepared("fast", {"epochs": 6, "warmup": 4, "adv_start": 5})
+    assert sum(args[0] for e in range(6) for _, fn, args, _ in steps(m, e) if fn.__name__ == "adapt") == 4
+
+
+@pytest.mark.parametrize("at, expected", [(-1, 139), (7, 6), (None, None)])
+def test_the_first_layer_is_reset_exactly_once(at, expected):
+    m = small.prepared("fast", {"epochs": 220, "warmup": 20, "reset_l0_at": at, "kd_steps": 1})
+    assert [e for e in range(220) if "reset_first_layer" in names(m, e)] == ([] if expected is None else [expected])
+    before = {k: v.clone() for k, v in m.theta.state_dict().items()}
+    m.reset_first_layer()
+    changed = {k.rsplit(".", 1)[0] for k, v in m.theta.state_dict().items() if not torch.equal(v, before[k])}
+    touched = {n for n, mod in m.theta.named_modules() if mod in (m.theta.l0, m.theta.bn0)}
+    assert changed == touched and m.theta.bn0.weight.abs().max() < 0.2
+
+
+def test_fomaml_takes_the_sum_of_the_clones_gradients():
+    m = small.prepared("fast", {"g_steps": 3})
+    seen = []
+    original = m.meta_grad
+    m.rng.at(0, 0, "start", 0)
+    m.start()
+    for n in range(3):
+        m.rng.at(0, 0, "adapt", n)
+        m.adapt(False)
+        seen.append([p.grad.clone() for p in m.clone.parameters()])
+        m.step_ends()
+    for total, *parts in zip(original, *seen, strict=True):
+        torch.testing.assert_close(total, sum(parts))
+    assert any(g.abs().max() > 0 for g in original)
+
+
+def test_with_one_step_the_meta_gradient_is_the_gradient_at_theta():
+    m = small.prepared("fast", {"g_steps": 1})
+    m.rng.at(0, 0, "start", 0)
+    m.start()
+    m.rng.at(0, 0, "adapt", 0)
+    x = m.theta(m.z)
+    expected = torch.autograd.grad(sum(m.inversion_terms(m.view(x), m.task, False).values()), list(m.theta.parameters()))
+    m.rng.at(0, 0, "adapt", 0)
+    m.adapt(False)
+    for got, want in zip(m.meta_grad, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_meta_learning_rate_zero_leaves_theta_and_moves_the_clone():
+    m = small.prepared("fast", {"lr_meta": 0.0})
+    before = [p.detach().clone() for p in m.theta.parameters()]
+    walk(m, until="remember")
+    assert all(torch.equal(a, b) for a, b in zip(before, m.theta.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(before, m.clone.parameters(), strict=True))
+
+
+def test_reptile_and_none():
+    m = small.prepared("fast", {"meta": "reptile", "reptile": 2.0})
+    walk(m, until="meta_update")
+    p, q = next(iter(m.theta.parameters())), next(iter(m.clone.parameters()))
+    moved = 2.0 * (p - q).detach()
+    m.meta_update()
+    torch.testing.assert_close(p.grad, moved)
+    m = small.prepared("fast", {"meta": "none"})
+    walk(m, until="remember")
+    assert all(torch.equal(a, b) for a, b in zip(m.theta.parameters(), m.clone.parameters(), strict=True))
+
+
+def test_zero_weights_leave_the_one_hot_loss():
+    m = small.prepared("fast", {"adv": 0.0, "bn": 0.0, "oh": 1.0})
+    m.rng.at(0, 0, "start", 0)
+    m.start()
+    x = m.view(m.clone(m.z))
+    terms = m.inversion_terms(x, m.task, True)
+    expected = torch.nn.functional.cross_entropy(m.teacher(x).logits, m.task.y)
+    torch.testing.assert_close(sum(terms.values()), expected)
+
+
+def test_first_call_has_the_plain_bn_loss_and_later_ones_a_scaled_gradient():
+    m = small.prepared("fast", {"adv": 0.0, "oh": 0.0, "bn": 1.0})
+    m.rng.at(0, 0, "start", 0)
+    m.start()
+    image = torch.rand(m.batch, *m.shape, requires_grad=True)
+
+    def gradient():
+        m.rng.at(0, 0, "adapt", 0)
+        x = m.view(image)
+        value = m.inversion_terms(x, m.task, False)["bn"]
+        return value, torch.autograd.grad(value, image)[0]
+
+    plain, g = gradient()
+    stats = m.teacher(m.view(image, "none"), "bn").bn
+    assert stats.requires_grad
+    m.task.ema.update()
+    same, scaled = gradient()  # the average now equals these statistics: same value, gradient (1 - m) times as strong
+    torch.testing.assert_close(same, plain)
+    torch.testing.assert_close(scaled, 0.1 * g, rtol=1e-3, atol=1e-8)
+
+
+def test_the_pool_grows_by_a_batch_an_epoch_and_keeps_the_best_iterate():
+    m = small.prepared("fast", {"epochs": 3, "g_steps": 4})
+    totals, images = [], []
+    original = m.task.best.offer
+
+    def spy(total, always=False, **rows):
+        totals.append(total.item())
+        images.append(rows["x"].detach().clone())
+        original(total, always=always, **rows)
+
+    m.task.best.offer = spy
+    walk(m, epochs=3)
+    assert len(m.pool) == 3 * m.batch
+    for call in range(3):
+        part = totals[4 * call : 4 * call + 4]
+        best = images[4 * call + part.index(min(part))]
+        stored = m.pool.images[call * m.batch : (call + 1) * m.batch].permute(0, 3, 1, 2)
+        assert torch.equal(stored, (best.clamp(0, 1) * 255).floor().to(torch.uint8))
+
+
+def test_frozen_networks_during_synthesis():
+    m = small.prepared("fast", {"warmup": 0, "epochs": 1, "adv_start": 1})
+    buffers = [b.clone() for b in m.student.buffers()]
+    weights = [p.detach().clone() for p in m.student.parameters()]
+    walk(m, until="anneal")
+    assert all(torch.equal(a, b) for a, b in zip(buffers, m.student.buffers(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(weights, m.student.parameters(), strict=True))
+    assert m.student.training and all(p.requires_grad for p in m.student.parameters())
+
+
+def test_the_imagenet_form_learns_its_latents():
+    m = small.prepared(
+        "fast",
+        {"generator_name": "g_deep", "meta_latent": True, "meta": "reptile", "reptile": 1.0, "redraw_every": 2, "loops": 2, "nz": 8},
+        size=32,
+    )
+    assert m.z.shape == (12, 8, 2, 2)
+    assert [n for n in names(m, 0) if n in ("start", "redraw_latents")] == ["redraw_latents", "start", "redraw_latents", "start"]
+    walk(m, until="meta_update")
+    z0 = m.z0.detach().clone()
+    assert torch.equal(z0, z0) and not torch.equal(m.z.detach(), z0)
+    m.meta_update()
+    assert not torch.equal(m.z0.detach(), z0)
+    copy_(m.clone, m.theta)
