@@ -1,0 +1,97 @@
+"""Configuration → teacher, student, data, method → engine: behind `fastkd run`, `eval`, `models`, `teach` and `fastkd.distil`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastkd import data
+from fastkd.assemble.execute import Outcome, execute
+from fastkd.assemble.job import Job, make_job, resolve_device, resolve_precision
+from fastkd.assemble.networks import load_network, metadata, network_facts, placed
+from fastkd.config import RunConfig, TeacherConfig
+from fastkd.engine import dry, evaluation
+from fastkd.engine.events import Listener
+from fastkd.errors import ConfigError, InputError
+from fastkd.nn import instrument
+
+__all__ = [
+    "Job",
+    "Outcome",
+    "describe_model",
+    "distil",
+    "dry_run",
+    "evaluate",
+    "execute",
+    "load_network",
+    "make_job",
+    "metadata",
+    "network_facts",
+    "placed",
+    "resolve_device",
+    "resolve_precision",
+]
+
+
+def distil(config: RunConfig, out: Path | None, *, resume: str = "no", listeners: Sequence[Listener] = ()) -> Outcome:
+    """Distil a student. `resume`: no, must (refuse where nothing can be resumed) or auto (start where nothing is there).
+
+    Raises:
+      FastkdError: one sentence; the exit code is its class's.
+    """
+    return execute(make_job(config), out, resume=resume, listeners=listeners)
+
+
+def dry_run(config: RunConfig) -> dict[str, Any]:
+    """Every kind of step on fake tensors of the real sizes; see `engine.dry.walk`. Nothing is written."""
+    job = make_job(config, fake=True)
+    return {**dry.walk(job.method, job.given, precision=job.precision, global_bn=job.global_bn), "notes": job.notes, "config": job.config}
+
+
+def evaluate(network: TeacherConfig, spec: str, *, device: str = "auto", limit: int | None = None) -> dict[str, Any]:
+    """Accuracy of a network on a data set: top1, top5 in 0 … 1."""
+    where = resolve_device(device)
+    found = load_network(network, spec, what="model")
+    test = data.open_set(spec, "test", size=found.shape[1], channels=found.shape[0])
+    if test is None:
+        raise ConfigError("data 'none' cannot be evaluated on; expected a data set by name or a folder.")
+    seen = len(test.class_names) if test.class_names else int(test.labels.max()) + 1
+    if seen != found.classes:
+        raise InputError(f"the network has {found.classes} classes, '{spec}' has {seen}; expected the set it was trained on.")
+    if limit:
+        test = test.subset(limit, seed=0)
+    net, test = placed(found.net, where), test.to(where)
+    began = time.monotonic()
+    result = evaluation.accuracy(net, test, torch.tensor(found.mean, device=where), torch.tensor(found.std, device=where))
+    return {
+        **network_facts(found.spec, net),
+        "data": spec,
+        "top1": result.top1,
+        "top5": result.top5,
+        "images": result.images,
+        "seconds": round(time.monotonic() - began, 2),
+        "notes": [*found.notes, *test.notes],
+    }
+
+
+def describe_model(network: TeacherConfig, spec_data: str | None = None) -> dict[str, Any]:
+    """What a network is to fastkd: size, BatchNorm layers, feature width, whether its CAM is exact."""
+    found = load_network(network, spec_data, what="model")
+    teacher = instrument(found.net, shape=found.shape)
+    return {
+        **network_facts(found.spec, found.net),
+        "classes": found.classes,
+        "shape": list(found.shape),
+        "mean": list(found.mean),
+        "std": list(found.std),
+        "bn_layers": len(teacher.split) - 1,
+        "bn_channels": teacher.split[-1],
+        "cam": "exact" if teacher.head is not None else teacher.head_reason,
+        "sha256": found.sha256,
+        "surgery": teacher.report,
+        "notes": found.notes,
+    }

@@ -1,0 +1,154 @@
+"""Runs a job in its folder: configuration and environment before the first step, network and summary after the last."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastkd
+from fastkd import models, ops
+from fastkd.assemble.job import Job
+from fastkd.engine import evaluation, loop, signals
+from fastkd.engine.checkpoint import write_atomic
+from fastkd.engine.events import Events, Listener, curve
+from fastkd.engine.folder import locked, prepare
+from fastkd.errors import CheckpointError, FastkdError, PlaceError
+
+
+@dataclass
+class Outcome:
+    """How a run ended: exit code (0, or 75 stopped with a checkpoint), its folder, and what the summary shows."""
+
+    code: int
+    out: Path | None
+    summary: dict[str, Any]
+
+
+def execute(job: Job, out: Path | None, *, resume: str, listeners: Sequence[Listener]) -> Outcome:
+    """Run a job in its folder: lock, configuration and environment before the first step, network and summary after the last."""
+    if out is None:
+        return _execute(job, None, resume=False, listeners=listeners)
+    found = any((out / "checkpoints").glob("step-*"))
+    if resume == "must" and not found:
+        raise CheckpointError(f"nothing to resume in '{out}': no checkpoint is there; leave out --resume, or use --resume=auto.")
+    prepare(out, resume=resume != "no")
+    with locked(out):
+        return _execute(job, out, resume=resume != "no" and found, listeners=listeners)
+
+
+def _execute(job: Job, out: Path | None, *, resume: bool, listeners: Sequence[Listener]) -> Outcome:
+    began = time.monotonic()
+    events = Events(out, list(listeners))
+    method, given = job.method, job.given
+    loop.prepare(method, given, global_bn=job.global_bn)
+    notes = [*job.notes, *method.notes()]
+    settings = loop.Settings(
+        seed=job.seed,
+        precision=job.precision,
+        poll=job.poll,
+        every_minutes=job.checkpoint.every_minutes,
+        every_steps=job.checkpoint.every_steps,
+        keep=job.checkpoint.keep,
+        global_bn=job.global_bn,
+        data=job.test,
+        student_metadata=job.metadata,
+        about={"config": config_hash(job.config), "method": job.name, "teacher": job.teacher_sha256, "versions": versions()},
+    )
+    if out is not None and not resume:
+        _write_json(out / "config.json", job.config)
+    if out is not None:
+        _write_json(out / "environment.json", environment())
+    teacher_top1 = None
+    if job.test is not None and given.teacher is not None:
+        teacher_top1 = evaluation.accuracy(given.teacher, job.test, given.mean, given.std).top1
+    facts = {**job.facts, "teacher": {**job.facts.get("teacher", {}), "top1": teacher_top1}}
+    events.write("start", method=job.name, **facts, device=str(given.device), precision=job.precision, epochs=method.epochs, notes=notes)
+    events.status("running")
+    try:
+        with signals.watched() as stop:
+            code = loop.run(method, settings, events, out, stop, resume=resume)
+    except FastkdError as e:
+        events.status("fatal", code=e.exit_code, reason=str(e))
+        raise
+    summary = _summary(job, facts, notes, events, out, time.monotonic() - began)
+    if code == loop.DONE and out is not None:
+        top1 = summary["student"].get("top1")
+        last = {**job.metadata, **({"accuracy": f"{top1:.6f}"} if top1 is not None else {})}
+        models.save_weights(out / job.out_name, loop.student_tensors(method.student), last)
+    events.status("done" if code == loop.DONE else "preempted", code=code)
+    events.write("done" if code == loop.DONE else "stopped", code=code, summary=summary)
+    return Outcome(code, out, summary)
+
+
+def _summary(job: Job, facts: dict[str, Any], notes: list[str], events: Events, out: Path | None, wall: float) -> dict[str, Any]:
+    epochs = curve(out / "events.jsonl") if out is not None else events.epochs
+    scores = [e["top1"] for e in epochs if e.get("trained") and "top1" in e]
+    seconds: dict[str, float] = {}
+    for e in epochs:
+        for phase, s in e.get("seconds", {}).items():
+            seconds[phase] = seconds.get(phase, 0.0) + s
+    student = {
+        **facts["student"],
+        "top1": scores[-1] if scores else None,
+        "best": max(scores, default=None),
+        "last10": sum(scores[-10:]) / len(scores[-10:]) if scores else None,
+        "mean": sum(scores) / len(scores) if scores else None,
+    }
+    extra: dict[str, Any] = {k: epochs[-1][k] for k in ("agreement", "confidence", "balance") if epochs and k in epochs[-1]}
+    return {
+        "method": job.name,
+        **facts,
+        "student": student,
+        "epochs": len(epochs),
+        "steps": epochs[-1]["step"] if epochs else 0,
+        "seconds": {k: round(v, 2) for k, v in seconds.items()},
+        "wall": round(wall, 2),
+        "device": str(job.given.device),
+        "precision": job.precision,
+        "seed": job.seed,
+        "notes": notes,
+        **job.method.report(),
+        **extra,
+    }
+
+
+def versions() -> dict[str, str]:
+    """What must be equal for the same bits."""
+    return {"fastkd": fastkd.__version__, "torch": torch.__version__}
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """Identity of a configuration, leaving out what may change when a run is continued."""
+    body = copy.deepcopy(config)
+    for key in ("checkpoint", "poll", "device"):
+        body.pop(key, None)
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and op backends, for the run folder."""
+    return {
+        **versions(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "ops": ops.table(),
+    }
+
+
+def _write_json(path: Path, value: Any) -> None:
+    try:
+        write_atomic(path, (json.dumps(value, indent=1, default=str) + "\n").encode())
+    except OSError as e:
+        raise PlaceError(f"'{path}' cannot be written: {e.strerror}; choose an --out with room and write permission.") from None

@@ -1,0 +1,195 @@
+"""Configuration → a method with everything it is given: checked, nothing written, no step taken."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+import pydantic
+import torch
+from torch import Tensor
+
+from fastkd import data, methods, ops
+from fastkd.assemble.networks import Network, entry_of, load_network, make_student, metadata, network_facts, placed
+from fastkd.config import CheckpointConfig, RunConfig
+from fastkd.data import embeddings
+from fastkd.errors import ConfigError, InputError, PlaceError, nearest
+from fastkd.log import Log
+from fastkd.method import Augment, Given, Method
+from fastkd.nn import Student, Teacher, instrument
+from fastkd.rng import Rng
+
+
+@dataclass
+class Job:
+    """A method with everything it is given, and what the engine and the run folder need to know."""
+
+    name: str
+    method: Method
+    given: Given
+    test: Any
+    metadata: dict[str, str]
+    out_name: str
+    seed: int
+    precision: str
+    poll: int
+    checkpoint: CheckpointConfig
+    config: dict[str, Any]
+    facts: dict[str, Any]
+    notes: list[str]
+    global_bn: bool = True
+    teacher_sha256: str = ""
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a name; `auto` is the first GPU where there is one.
+
+    Raises:
+      ConfigError: not a device name. PlaceError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"unknown device '{name}'; expected auto, cpu, cuda or cuda:N.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device '{name}' is not supported; expected auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise PlaceError(
+            f"device '{name}' is not there: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; use --device cpu."
+        )
+    return device
+
+
+def resolve_precision(name: str | None, device: torch.device) -> str:
+    """bf16 on a GPU, fp32 on a CPU, unless named."""
+    return name or ("bf16" if device.type == "cuda" else "fp32")
+
+
+def make_method(table: dict[str, Any]) -> Method:
+    """A method from `method.*`: its name and its fields, each checked against its type.
+
+    Raises:
+      ConfigError: an unknown method or field, with the nearest; or a value of the wrong type.
+    """
+    name = table.get("name", "muse")
+    if not isinstance(name, str):
+        raise ConfigError(f"method.name is {name!r}; expected one of {', '.join(methods.names())}.")
+    cls = methods.method_class(name, table)
+    hints, known = typing.get_type_hints(cls), {f.name for f in dataclasses.fields(cls)}
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key == "name":
+            continue
+        if key not in known:
+            close = nearest(key, known)
+            raise ConfigError(
+                f"unknown key 'method.{key}' of method '{name}'{f'; did you mean method.{close}?' if close else '.'} "
+                f"Known: {', '.join(sorted(known))}."
+            )
+        try:
+            values[key] = pydantic.TypeAdapter(hints[key], config=pydantic.ConfigDict(allow_inf_nan=False)).validate_python(value)
+        except pydantic.ValidationError as e:
+            first = e.errors()[0]
+            raise ConfigError(f"method.{key} is {value!r}; {first['msg'][0].lower()}{first['msg'][1:]}.") from None
+    method: Method = cls(**values)
+    for key in ("epochs", "batch", "kd_batch", "kd_steps", "g_steps"):
+        if getattr(method, key, 1) < (0 if key == "g_steps" else 1):
+            raise ConfigError(f"method.{key} is {getattr(method, key)}; expected at least 1.")
+    warmup = getattr(method, "warmup", 0)
+    if warmup >= method.epochs:
+        raise ConfigError(
+            f"method.warmup is {warmup} of {method.epochs} epochs, so the student would never learn; expected less than method.epochs."
+        )
+    return method
+
+
+def check_needs(method: Method, name: str, teacher: Teacher, has_data: bool) -> None:
+    """Refuse, before the first step, what the method needs and is not there; name the methods that work without."""
+    missing = {"bn": teacher.split == (0,), "data": not has_data}
+    words = {"bn": "a teacher with BatchNorm, and this one has none", "data": "real images, and none are given (--data)"}
+    for need, absent in missing.items():
+        if need in method.needs and absent:
+            without = [n for n in methods.names() if need not in methods.method_class(n).needs]
+            raise ConfigError(f"method '{name}' needs {words[need]}; methods that work without: {', '.join(without) or 'none'}.")
+
+
+def label_embeddings(config: RunConfig, names: list[str] | None, classes: int, device: torch.device) -> tuple[Tensor, list[str]]:
+    """The table of label-text embeddings [C, d_e] and what is to be said of it."""
+    e = config.embeddings
+    found = embeddings.table(e.source, names, classes, prompt=e.prompt, norm=e.norm, seed=e.seed)
+    return found.values.to(device), [f"label embeddings: {found.source}", *found.notes]
+
+
+def make_job(config: RunConfig, *, fake: bool = False) -> Job:
+    """Everything a run needs, made and checked; nothing is written."""
+    ops.use(config.ops.backend)
+    device = torch.device("cpu") if fake else resolve_device(config.device)
+    if config.teacher.spec is None and config.teacher.weights is None:
+        raise ConfigError("no teacher is named; expected --teacher SPEC --teacher-weights FILE, or no options at all for the embedded one.")
+    teacher = load_network(config.teacher, config.data)
+    notes = [f"teacher: {n}" for n in teacher.notes]
+    test = None if config.data in (None, "none") else data.open_set(config.data, "test", size=teacher.shape[1], channels=teacher.shape[0])
+    if test is not None:
+        notes += test.notes
+        seen = len(test.class_names) if test.class_names else int(test.labels.max()) + 1
+        if seen != teacher.classes:
+            raise InputError(
+                f"the teacher has {teacher.classes} classes, '{config.data}' has {seen}; "
+                "expected the set it was trained on, or --data none."
+            )
+    table = dict(config.method)
+    name = str(table.get("name", "muse"))
+    method = make_method(table)
+    torch.manual_seed(config.seed)
+    net, spec, said = make_student(config, teacher)
+    notes += [f"student: {n}" for n in said]
+    frozen = instrument(placed(copy.deepcopy(teacher.net), device, channels_last=config.channels_last), shape=teacher.shape)
+    check_needs(method, name, frozen, test is not None)
+    given = Given(
+        teacher=frozen,
+        student=Student(placed(net, device, channels_last=config.channels_last), shape=teacher.shape),
+        shape=teacher.shape,
+        classes=teacher.classes,
+        mean=torch.tensor(teacher.mean, device=device),
+        std=torch.tensor(teacher.std, device=device),
+        seed=config.seed,
+        rng=Rng(device),
+        log=Log(device),
+        device=device,
+        augmentation=augmentation(test, teacher),
+    )
+    names = teacher.class_names or (test.class_names if test is not None else None)
+    if "embeddings" in method.needs:
+        given.embeddings, said = label_embeddings(config, names, teacher.classes, device)
+        notes += said
+    full = {"name": name, **dataclasses.asdict(method)}  # type: ignore[call-overload]
+    resolved = config.model_copy(update={"method": full}).model_dump(mode="json")
+    resolved["precision"] = precision = resolve_precision(config.precision, device)
+    return Job(
+        name=name,
+        method=method,
+        given=given,
+        test=None if test is None else test.to(device),
+        metadata=metadata(spec, teacher.classes, teacher.shape, teacher.mean, teacher.std, names, method=name, teacher=teacher.spec),
+        out_name="student.safetensors",
+        seed=config.seed,
+        precision=precision,
+        poll=config.poll,
+        checkpoint=config.checkpoint,
+        config=resolved,
+        facts={"teacher": network_facts(teacher.spec, teacher.net), "student": network_facts(spec, net), "data": config.data},
+        notes=notes,
+        global_bn=config.ranks.bn == "global",
+        teacher_sha256=teacher.sha256,
+    )
+
+
+def augmentation(test: Any, teacher: Network) -> Augment:
+    """What the images allow: of the evaluation data, else of the data the teacher's metadata names, else flip and an eighth's padding."""
+    source = test if test is not None else entry_of(teacher.data)
+    return Augment(source.flip, source.pad) if source is not None else Augment(True, teacher.shape[1] // 8)

@@ -1,0 +1,182 @@
+"""Networks with all that is known of them: from options, from the weights' metadata, never from a guess."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+import fastkd
+from fastkd import data, models
+from fastkd.config import RunConfig, TeacherConfig
+from fastkd.data.constants import CONSTANTS
+from fastkd.errors import ConfigError, InputError
+
+ASSETS = Path(fastkd.__file__).parent / "assets"
+EMBEDDED = "embedded:"
+
+
+Net = TypeVar("Net", bound=nn.Module)
+
+
+def placed(net: Net, device: torch.device, *, channels_last: bool = True) -> Net:
+    """The network itself, moved to a device in the memory format of the run."""
+    return net.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)  # type: ignore[call-overload,no-any-return]
+
+
+@dataclass
+class Network:
+    """A classifier with all that is known of it."""
+
+    net: nn.Module
+    spec: str
+    shape: tuple[int, int, int]
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: list[str] | None
+    sha256: str
+    notes: list[str]
+    data: str | None = None
+
+
+def weights_path(name: str) -> Path:
+    """The file of `embedded:NAME`, of a run folder, or of a path."""
+    if name.startswith(EMBEDDED):
+        path = ASSETS / f"{name.removeprefix(EMBEDDED)}.safetensors"
+        if not path.exists():
+            known = [p.stem for p in ASSETS.glob("*.safetensors")]
+            raise ConfigError(f"'{name}' is not embedded; expected one of {', '.join(EMBEDDED + k for k in sorted(known))}.")
+        return path
+    path = Path(name)
+    for inner in ("student.safetensors", "teacher.safetensors"):
+        if path.is_dir() and (path / inner).exists():
+            return path / inner
+    return path
+
+
+def read_names(path: str) -> list[str]:
+    """Class names of a file: a JSON list, or one a line."""
+    if not Path(path).is_file():
+        raise InputError(
+            f"the class names '{path}' are {'a directory' if Path(path).is_dir() else 'no file'}; expected one name a line, or a JSON list."
+        )
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        names = json.loads(text) if text.lstrip().startswith("[") else [line.strip() for line in text.splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise InputError(
+            f"the class names in '{path}' cannot be read ({type(e).__name__}); expected one name a line, or a JSON list."
+        ) from None
+    return [str(n) for n in names]
+
+
+def load_network(config: TeacherConfig, default_data: str | None = None, *, what: str = "teacher") -> Network:
+    """Build and fill a classifier; what the options leave open is taken from the weights' metadata, and said. Nothing is guessed.
+
+    Raises:
+      ConfigError, InputError: the first thing that is missing or wrong.
+    """
+    if config.weights is None:
+        raise ConfigError(f"the {what} has no weights; expected --{what}-weights FILE (safetensors, or .pt that loads with weights_only).")
+    weights = models.load_weights(weights_path(config.weights))
+    said, notes = models.describe(weights), list(weights.notes)
+    spec = config.spec or said.get("spec")
+    if spec is None:
+        raise ConfigError(
+            f"'{config.weights}' does not name its architecture; expected --{what} SPEC, such as resnet20 (`fastkd models` lists them)."
+        )
+
+    def known(key: str, option: Any, fallback: Any = None) -> Any:
+        if option is not None:
+            if said.get(key) is not None and _differ(said[key], option):
+                notes.append(f"{key} = {_short(option)} as given; the weights' metadata says {_short(said[key])}")
+            return option
+        if said.get(key) is not None:
+            notes.append(f"{key} = {_short(said[key])} from the weights' metadata")
+            return said[key]
+        return fallback
+
+    names = known("class_names", read_names(config.class_names) if config.class_names else None)
+    classes = known("classes", config.classes, len(names) if names else said.get("classes_in_head"))
+    if classes is None:
+        raise ConfigError(f"the number of classes of '{config.weights}' is not known; expected --classes N.")
+    if names is not None and len(names) != classes:
+        raise InputError(f"{len(names)} class names for {classes} classes; expected one a class.")
+    entry = entry_of(default_data)
+    mean, std = known("mean", config.mean), known("std", config.std)
+    if mean is None or std is None:
+        example = CONSTANTS[entry.constants if entry else "imagenet"]
+        raise ConfigError(
+            f"the normalisation of '{config.weights}' is not known; expected --mean and --std as the {what} was trained, "
+            f"such as --mean {','.join(map(str, example.mean))} --std {','.join(map(str, example.std))}."
+        )
+    channels = known("channels", config.channels, len(mean))
+    size = known("input_size", config.input_size, entry.size if entry else None)
+    if size is None:
+        raise ConfigError(f"the input size of '{config.weights}' is not known; expected --input-size PIXELS.")
+    if len(mean) != channels or len(std) != channels:
+        raise ConfigError(f"mean has {len(mean)} and std {len(std)} numbers; expected one for each of the {channels} channels.")
+    net = models.build(spec, classes=classes, channels=channels, input_size=size)
+    notes += [n for n in models.fit(net, weights, what=what) if n not in notes]
+    return Network(net, spec, (channels, size, size), classes, tuple(mean), tuple(std), names, weights.sha256, notes, said.get("data"))
+
+
+def entry_of(spec: str | None) -> data.DatasetEntry | None:
+    """The table's line of a data set by name, also of NAME:DIR."""
+    return data.DATASETS.get((spec or "").partition(":")[0])
+
+
+def _differ(a: Any, b: Any) -> bool:
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) != len(b) or any(_differ(x, y) for x, y in zip(a, b, strict=True))
+    return abs(a - b) > 1e-6 if isinstance(a, int | float) and isinstance(b, int | float) else bool(a != b)
+
+
+def _short(value: Any) -> str:
+    text = ", ".join(map(str, value[:4])) + (", …" if len(value) > 4 else "") if isinstance(value, list | tuple) else str(value)
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+def make_student(config: RunConfig, teacher: Network) -> tuple[nn.Module, str, list[str]]:
+    """The network to train: fresh by name, or a student of another run, or with weights to start from."""
+    spec, weights = config.student.spec, config.student.weights
+    if spec is None:
+        raise ConfigError("no student is named; expected --student SPEC, such as wrn16_1 (`fastkd models` lists them).")
+    if spec.startswith("ckpt:"):
+        found = models.load_weights(weights_path(spec.removeprefix("ckpt:")))
+        inner = models.describe(found).get("spec")
+        if inner is None:
+            raise InputError(f"'{spec}' does not name its architecture; expected a run folder of fastkd.")
+        spec, weights = inner, spec.removeprefix("ckpt:")
+    net = models.build(spec, classes=teacher.classes, channels=teacher.shape[0], input_size=teacher.shape[1])
+    notes = models.fit(net, models.load_weights(weights_path(weights)), what="student") if weights else []
+    return net, spec, notes
+
+
+def network_facts(spec: str, net: nn.Module) -> dict[str, Any]:
+    """What the summary says of a network."""
+    return {"spec": spec, "parameters": sum(p.numel() for p in net.parameters())}
+
+
+def metadata(
+    spec: str, classes: int, shape: tuple[int, int, int], mean: Sequence[float], std: Sequence[float], names: list[str] | None, **more: str
+) -> dict[str, str]:
+    """The metadata of a network's safetensors: all that a later command needs to use it."""
+    named = {"class_names": json.dumps(names)} if names else {}
+    return {
+        "architecture": spec,
+        "classes": str(classes),
+        "channels": str(shape[0]),
+        "input_size": str(shape[1]),
+        "mean": json.dumps(list(mean)),
+        "std": json.dumps(list(std)),
+        "fastkd": fastkd.__version__,
+        **named,
+        **more,
+    }
