@@ -1,0 +1,77 @@
+"""What went wrong, as one line on stderr and an exit code. No traceback for a user's mistake."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from fastkd.errors import FastkdError
+
+UNEXPECTED, USAGE, PLACE, OUT_OF_MEMORY, INTERRUPTED = 1, 2, 3, 7, 130
+DEBUG = "FASTKD_DEBUG"
+wanted = {"debug": False}
+"""Whether this command line asked for tracebacks; the environment variable asks for all of them."""
+PLACE_ERRNOS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EDQUOT}
+
+
+def guarded(run: Callable[[], Any]) -> int:
+    """The exit code of a command: its own number, or that of what it raised, which is said on stderr."""
+    wanted["debug"] = bool(os.environ.get(DEBUG))
+    try:
+        code = run()
+    except click.ClickException as e:
+        e.show()
+        return e.exit_code
+    except (click.Abort, KeyboardInterrupt) as e:
+        return _say("interrupted.", e, INTERRUPTED)
+    except FastkdError as e:
+        return _say(str(e), e, e.exit_code)
+    except OSError as e:
+        if e.errno == errno.EPIPE:  # the reader of stdout has gone, as with `| head`
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (closed at exit; keeps the last flush quiet)
+            return 0
+        if e.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return _say(f"'{e.filename}' cannot be a file or folder here: {os.strerror(e.errno).lower()}.", e, PLACE)
+        if e.errno in PLACE_ERRNOS:
+            return _say(f"{os.strerror(e.errno or 0).lower()}: '{e.filename}'; choose a place with room and write permission.", e, PLACE)
+        return _unexpected(e)
+    except Exception as e:
+        if _no_memory(e):
+            return _say(f"out of memory ({_first(e)[:160] or type(e).__name__}); lower method.batch or method.kd_batch.", e, OUT_OF_MEMORY)
+        return _unexpected(e)
+    return code if isinstance(code, int) else 0
+
+
+def _unexpected(e: BaseException) -> int:
+    first = _first(e)
+    hint = "" if wanted["debug"] else " (this is a fault of fastkd; --debug shows the traceback to report)"
+    return _say(f"unexpected {type(e).__name__}{': ' + first if first else ''}{hint}", e, UNEXPECTED)
+
+
+def _first(e: BaseException) -> str:
+    """The first line of what an exception says."""
+    return (str(e).splitlines() or [""])[0]
+
+
+def _no_memory(e: Exception) -> bool:
+    """Whether memory ran out; torch says it in a RuntimeError on the CPU and in a class of its own on a GPU."""
+    if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError":
+        return True
+    return "can't allocate memory" in str(e) or "not enough memory" in str(e)
+
+
+def _say(sentence: str, e: BaseException, code: int) -> int:
+    if wanted["debug"]:
+        traceback.print_exception(e)
+        click.echo(f"fastkd: {sentence}", err=True)
+        return code
+    click.echo(f"fastkd: {sentence}", err=True)
+    for note in getattr(e, "__notes__", []):
+        click.echo(note, err=True)
+    return code

@@ -1,0 +1,158 @@
+"""`fastkd run`: distil."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fastkd.cli.common import Numbers, data_word, emit, method_names, model_names, out_folder, recipe_names, say, stored, table, verb
+from fastkd.errors import ConfigError, FastkdError
+
+if TYPE_CHECKING:
+    from fastkd.config import RunConfig
+
+KEYS = {
+    "method": "method.name",
+    "teacher": "teacher.spec",
+    "teacher_weights": "teacher.weights",
+    "student": "student.spec",
+    "student_weights": "student.weights",
+    "data": "data",
+    "seed": "seed",
+    "device": "device",
+    "precision": "precision",
+    "mean": "teacher.mean",
+    "std": "teacher.std",
+    "input_size": "teacher.input_size",
+    "classes": "teacher.classes",
+    "channels": "teacher.channels",
+    "class_names": "teacher.class_names",
+}
+"""Option → configuration key. A key that is not given stays as the recipe or the default has it."""
+
+STOPPED = 75
+
+
+@verb("run")
+@click.option("--method", metavar="NAME", shell_complete=method_names, help="`fastkd methods` lists them. Default: muse.")
+@click.option("--recipe", metavar="NAME|FILE", shell_complete=recipe_names, help="A published setting by name, or a TOML file.")
+@click.option("--teacher", metavar="SPEC", shell_complete=model_names, help="NAME, timm:NAME, torchvision:NAME or py:FILE:FUNCTION.")
+@click.option("--teacher-weights", metavar="FILE", help="safetensors, or .pt that loads with weights_only.")
+@click.option("--student", metavar="SPEC", shell_complete=model_names, help="The network to train; as --teacher, or ckpt:RUN_DIR.")
+@click.option("--student-weights", metavar="FILE", help="Weights that the student starts from.")
+@click.option("--data", metavar="SPEC", help="Evaluation data: NAME, NAME:DIR, DIR or none. Never trained on.")
+@click.option("--set", "sets", metavar="KEY=VALUE", multiple=True, help="Any configuration key, such as method.epochs=20. May be repeated.")
+@click.option("--seed", type=int, metavar="N", help="Root of all draws. Default: 0.")
+@click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N. Default: auto.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Default: bf16 on a GPU, fp32 on a CPU.")
+@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Run folder. Default: the next runs/METHOD-DATA-001.")
+@click.option(
+    "--resume", is_flag=False, flag_value="must", default="no", type=click.Choice(["must", "auto", "no"]),
+    help="Continue the run in --out. --resume=auto: or start it, where there is none (for job scripts).",
+)  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Check everything, print steps and memory, run nothing.")
+@click.option("--mean", type=Numbers(), help="The teacher's normalisation, for inputs in [0, 1].")
+@click.option("--std", type=Numbers(), help="As --mean.")
+@click.option("--input-size", type=int, metavar="PIXELS", help="Height and width of the teacher's input.")
+@click.option("--classes", type=int, metavar="N", help="Number of classes.")
+@click.option("--channels", type=int, metavar="N", help="Image channels.")
+@click.option("--class-names", metavar="FILE", help="One class name a line, or a JSON list.")
+def command(
+    recipe: str | None, sets: tuple[str, ...], out: Path | None, resume: str, dry_run: bool, as_json: bool, **options: Any
+) -> int:  # fmt: skip
+    """Distil a teacher into a student without the teacher's training data.
+
+    With no options the embedded digits teacher is distilled by MUSE. Your own teacher:
+
+    \b
+      fastkd run --teacher resnet56 --teacher-weights teacher.safetensors --student resnet20 --data cifar10
+
+    Exit code 75: stopped with a checkpoint, run it again with --resume.
+    """
+    if resume != "no" and out is None:
+        raise ConfigError("--resume does not say which run; expected --out DIR with the folder of the run to continue.")
+    config = configuration(recipe, table(KEYS, options), sets, out if resume != "no" else None, resume)
+    if dry_run:
+        return plan(config, as_json)
+    if out is None:
+        out = out_folder(f"{config.method.get('name', 'muse')}-{data_word(config.data)}")
+    return distil(config, out, resume, as_json)
+
+
+def configuration(recipe: str | None, options: dict[str, Any], sets: tuple[str, ...], continued: Path | None, resume: str) -> RunConfig:
+    """The configuration of a new run, or that of the folder `continued` with what was given written over it."""
+    from fastkd import config
+
+    if continued is None or (resume == "auto" and not (continued / "config.json").is_file()):
+        return config.resolve(recipe, options, sets)
+    values = stored(continued, None)
+    config.build(values, f"'{continued / 'config.json'}'")
+    given = config.merge(options, config.parse_sets(sets))
+    for part in ("teacher", "student"):
+        spec = (values.get(part) or {}).get("spec")
+        if isinstance(spec, str) and spec.startswith("py:") and spec != (given.get(part) or {}).get("spec"):
+            raise ConfigError(f"the run in '{continued}' used code ({spec}); code runs only when it is typed: add --{part} {spec}.")
+    over = config.merge(config.read_recipe(recipe), given) if recipe else given
+    if isinstance(over.get("method"), str):
+        over = {**over, "method": {"name": over["method"]}}
+    name, was = over.get("method", {}).get("name"), values.get("method", {}).get("name")
+    if name is not None and name != was:
+        raise ConfigError(f"the run in '{continued}' is of method '{was}', not '{name}'; choose another --out for a new run.")
+    return config.build(config.merge(values, over), f"'{continued / 'config.json'}' and options")
+
+
+def again(config: RunConfig, out: Path) -> str:
+    """The exact command that continues a run."""
+    words = ["fastkd", "run", "--resume", "--out", str(out)]
+    for part, spec in (("--teacher", config.teacher.spec), ("--student", config.student.spec)):
+        if spec and spec.startswith("py:"):
+            words += [part, spec]
+    return shlex.join(words)
+
+
+def distil(config: RunConfig, out: Path, resume: str, as_json: bool) -> int:
+    """Run, show it, say how it ended and how to go on."""
+    from fastkd import assemble
+    from fastkd.cli import summary, terminal
+
+    with terminal.listener(out) as show:
+        try:
+            outcome = assemble.distil(config, out, resume=resume, listeners=[show])
+        except BaseException as e:
+            tell_how_to_continue(e, again(config, out), out)
+            raise
+    if as_json:
+        emit({"code": outcome.code, "out": str(out), **outcome.summary})
+    else:
+        summary.show(outcome.summary, out, outcome.code)
+    if outcome.code == STOPPED:
+        say(f"stopped with a checkpoint; continue with: {again(config, out)}")
+    return outcome.code
+
+
+def tell_how_to_continue(e: BaseException, how: str, out: Path) -> None:
+    """Add the command that continues the run to an error, where there is a checkpoint and the command line was not at fault."""
+    if isinstance(e, FastkdError) and e.exit_code in (2, 4):
+        return
+    try:
+        saved = any((out / "checkpoints").glob("step-*"))
+    except OSError:
+        return
+    if saved:
+        e.add_note(f"continue from the last checkpoint with: {how}")
+
+
+def plan(config: RunConfig, as_json: bool) -> int:
+    """What a run would do."""
+    from fastkd import assemble
+    from fastkd.cli import summary
+
+    planned = assemble.dry_run(config)
+    if as_json:
+        emit(planned)
+    else:
+        summary.show_plan(planned)
+    return 0

@@ -1,0 +1,106 @@
+"""What a run came to, as a table on stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fastkd.cli.words import duration, percent, size
+
+
+def console() -> Console:
+    """Stdout; lines are not folded where it is no terminal."""
+    found = Console(highlight=False, markup=False, emoji=False)
+    return found if found.is_terminal else Console(highlight=False, markup=False, emoji=False, width=160)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> None:
+    """A table; columns whose name starts with '>' stand flush right."""
+    table = Table(box=SIMPLE, title=title, title_justify="left", pad_edge=False)
+    for name in columns:
+        table.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    console().print(table)
+
+
+def print_facts(facts: Sequence[tuple[str, object]]) -> None:
+    """Name and value, one a line."""
+    grid = Table.grid(padding=(0, 2))
+    for name, value in facts:
+        grid.add_row(Text(name), Text(str(value), overflow="fold"))
+    console().print(grid)
+
+
+def networks(summary: dict[str, Any]) -> list[list[str]]:
+    """Rows (who, network, parameters, top-1, which) of teacher and student."""
+    rows = []
+    for who in ("teacher", "student"):
+        net = summary.get(who) or {}
+        if net.get("spec"):
+            which = "last epoch" if who == "student" and net.get("top1") is not None else ""
+            name = "network" if who == "student" and not (summary.get("teacher") or {}).get("spec") else who
+            rows.append([name, net["spec"], f"{net['parameters']:,}", percent(net.get("top1")), which])
+    best = (summary.get("student") or {}).get("best")
+    if best is not None:
+        rows.append(["", "", "", percent(best), "best epoch, selected on test data: do not quote it as a result"])
+    return rows
+
+
+def facts(summary: dict[str, Any], out: Path | None) -> list[tuple[str, str]]:
+    """What stands under the table of networks."""
+    rows: list[tuple[str, str]] = []
+    teacher, student = (summary.get("teacher") or {}), (summary.get("student") or {})
+    if teacher.get("top1") and student.get("top1") is not None:
+        gap = 100 * (student["top1"] - teacher["top1"])
+        smaller = f", with {student['parameters'] / teacher['parameters']:.0%} of its parameters" if teacher.get("parameters") else ""
+        rows.append(("gap", f"{gap:+.2f} points; {student['top1'] / teacher['top1']:.1%} of the teacher's accuracy{smaller}"))
+    if teacher.get("spec") and student.get("last10") is not None:
+        rows.append(("last 10", f"{percent(student['last10'])} on average"))
+    if summary.get("agreement") is not None:
+        sure = f"teacher confidence {percent(summary.get('confidence'))}, class balance {percent(summary.get('balance'))}"
+        rows.append(("no data", f"student and teacher agree on {percent(summary['agreement'])} of synthetic images; {sure}"))
+    if summary.get("images"):
+        held = f", {size(summary['replay_bytes'])} held for rehearsal" if summary.get("replay_bytes") else ""
+        rows.append(("images", f"{summary['images']:,.0f} made{held}"))
+    phases = "  ".join(f"{name} {duration(s)}" for name, s in (summary.get("seconds") or {}).items() if s)
+    if summary.get("wall") is not None:
+        rows.append(("time", f"{duration(summary['wall'])}{' (' + phases + ')' if phases else ''}"))
+    where = f"{summary.get('device')}, {summary.get('precision')}"
+    rows.append(("steps", f"{summary.get('steps', 0):,} in {summary.get('epochs', 0)} epochs, {where}"))
+    if out is not None:
+        rows.append(("folder", str(out)))
+    return rows
+
+
+def show(summary: dict[str, Any], out: Path | None, code: int, following: str | None = None) -> None:
+    """Table of networks, facts, and the command to use next."""
+    print_table(("", "network", ">parameters", ">top-1", ""), networks(summary))
+    rows = facts(summary, out)
+    if code == 0 and (following or out is not None):
+        rows.append(("next", following or f"fastkd eval {out}"))
+    print_facts(rows)
+
+
+def show_plan(planned: dict[str, Any]) -> None:
+    """Steps and memory of a dry run."""
+    rows = []
+    for s in planned["steps"]:
+        arguments = s.get("args") or ""
+        shown = arguments if isinstance(arguments, str) else ", ".join(map(str, arguments))
+        rows.append((s["step"], s["phase"], shown, f"{s['times']:,}"))
+    print_table(("step", "phase", "arguments", ">times"), rows)
+    parts = sorted(planned["bytes"].items(), key=lambda item: -item[1])
+    print_table(("held for the whole run", ">memory"), [*((name, size(n)) for name, n in parts), ("all", size(sum(n for _, n in parts)))])
+    lines: list[tuple[str, object]] = [("epochs", planned["epochs"])]
+    if "total" in planned:
+        lines.append(("steps", f"{planned['total']:,}"))
+    lines += [("note", note) for note in planned.get("notes", [])]
+    print_facts(lines)
+    console().print("nothing was run and nothing was written")
