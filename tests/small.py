@@ -27,7 +27,9 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
         "muse",
         {"cam_layer": "pre_last_stage", "cam_norm": "relu_max", "cam_compare": "image", "head": "detached", "kd_resolution": "nominal"},
     ),
-    ("fast", {"meta": "reptile"}),
+    ("muse", {"resolutions": (8, 16), "generators": "shared", "kd_pool_choice": "pixels", "aed_cap": 1.0, "pool_quant": "none"}),
+    ("nayer", {"batch": 2}),
+    ("fast", {"meta": "reptile", "reptile": 1.0, "generator_name": "g_deep", "meta_latent": True, "redraw_every": 2, "loops": 2}),
     ("fast", {"meta": "none", "pool_select": "last"}),
     ("noise", {"kind": "uniform"}),
 ]

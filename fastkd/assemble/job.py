@@ -22,6 +22,11 @@ from fastkd.method import Augment, Given, Method
 from fastkd.nn import Student, Teacher, instrument
 from fastkd.rng import Rng
 
+AT_LEAST_ONE = frozenset(
+    ("epochs", "batch", "kd_batch", "kd_steps", "g_steps", "g_life", "loops", "g_loops", "gwp_loops", "n_images", "hidden", "nz")
+)
+"""Fields of methods that count something there must be one of."""
+
 
 @dataclass
 class Job:
@@ -97,8 +102,8 @@ def make_method(table: dict[str, Any]) -> Method:
             first = e.errors()[0]
             raise ConfigError(f"method.{key} is {value!r}; {first['msg'][0].lower()}{first['msg'][1:]}.") from None
     method: Method = cls(**values)
-    for key in ("epochs", "batch", "kd_batch", "kd_steps", "g_steps"):
-        if getattr(method, key, 1) < (0 if key == "g_steps" else 1):
+    for key in AT_LEAST_ONE & known:
+        if getattr(method, key) < 1:
             raise ConfigError(f"method.{key} is {getattr(method, key)}; expected at least 1.")
     warmup = getattr(method, "warmup", 0)
     if warmup >= method.epochs:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastkd import ranks
@@ -207,7 +208,7 @@ class _Saver:
 
     def __init__(self, method: Method, settings: Settings, events: Events, out: Path | None):
         self.method, self.settings, self.events, self.out = method, settings, events, out
-        self.last, self.last_step, self.failed, self.best_top1 = time.monotonic(), 0, 0, -1.0
+        self.last, self.failed, self.best_top1 = time.monotonic(), 0, _best_so_far(out)
 
     def due(self, done: int) -> bool:
         """Collective: all ranks must agree, so with several ranks time alone is asked of rank 0 at poll steps."""
@@ -270,6 +271,16 @@ class _Saver:
             checkpoint.write_atomic(folder / "student.safetensors", checkpoint.save(self._student(), metadata=metadata))
         except OSError as e:
             self.events.write("warning", text=f"the best student could not be written: {why(e)}")
+
+
+def _best_so_far(out: Path | None) -> float:
+    """The accuracy in the metadata of a best student that is there already, else -1."""
+    path = out / "checkpoints" / "best" / "student.safetensors" if out is not None else None
+    try:
+        with safe_open(path, "pt") as f:
+            return float(f.metadata()["top1"])
+    except (OSError, TypeError, KeyError, ValueError, SafetensorError):
+        return -1.0
 
 
 def student_tensors(student: nn.Module) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from fastkd import ranks
 from fastkd.ops import replay_gather
 from fastkd.rng import Rng
 
-Quant = Literal["floor", "round"]
+Quant = Literal["floor", "round", "none"]
 
 
 @dataclass(frozen=True)

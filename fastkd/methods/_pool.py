@@ -19,12 +19,14 @@ from fastkd.ops import bn_match_loss
 class Call:
     """What one generator keeps between the steps of a synthesis call: labels, best batch, BN averages, and its pool.
 
-    `image` and `y` are this rank's rows of the batch.
+    `image` and `y` are this rank's rows of the batch; `image_y` are the labels that the kept images were made for.
     """
 
     def __init__(self, y: Tensor, image: Tensor, ema: BnEma, pool: Store):
         self.y, self.image, self.ema, self.pool = y, image, ema, pool
-        self.best = Best(x=image)
+        self.image_y = y.clone()
+        self.image_y.per_sample = True  # type: ignore[attr-defined]
+        self.best = Best(x=image, y=self.image_y)
 
 
 @dataclass
@@ -42,12 +44,19 @@ class PoolMethod(StudentPhase):
     pool_select: Literal["best", "last"] = "best"
     """which iterate of a call is stored"""
     pool_quant: Quant = "floor"
-    """how [0, 1] becomes 8 bits"""
+    """how [0, 1] becomes 8 bits; none: stored as fp16"""
 
     def call(self, size: int, capacity: int) -> Call:
         """State of a generator of `size` × `size` images whose pool holds `capacity` of them."""
         c = self.shape[0]
-        pool = Store(self.rng, capacity, (c, size, size), quant=self.pool_quant, label=torch.int16)
+        pool = Store(
+            self.rng,
+            capacity,
+            (c, size, size),
+            torch.uint8 if self.pool_quant != "none" else torch.float16,
+            quant=self.pool_quant,
+            label=torch.int16,
+        )
         pool.reserve(self.kd_steps * self.kd_batch)
         y = self.buffer(self.batch, dtype=torch.int64)
         return Call(y, self.buffer(self.batch, c, size, size), self.place(BnEma(self.teacher.target.shape[1], self.bn_mmt)), pool)
@@ -77,9 +86,9 @@ class PoolMethod(StudentPhase):
 
     def offer(self, call: Call, total: Tensor, x: Tensor) -> None:
         """Keep x, un-augmented, if its total is the lowest of the call: recorded before the update, judged on this step's view."""
-        call.best.offer(total, always=self.pool_select == "last", x=x)
+        call.best.offer(total, always=self.pool_select == "last", x=x, y=call.y)
 
     def keep(self, call: Call) -> None:
         """End of a call: move the BN averages once, append the kept batch."""
         call.ema.update()
-        call.pool.add(call.image, label=call.y)
+        call.pool.add(call.image, label=call.image_y)

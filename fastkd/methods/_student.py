@@ -32,6 +32,8 @@ class StudentPhase(Method):
     """student steps an epoch"""
     kd_aug: str = "crop_flip"
     """augmentation of a student step"""
+    kd_scale: float = 0.08
+    """smallest share of the area that a resized crop keeps in a student step"""
     tau: float = 20.0
     """temperature"""
     lr: float = 0.2
@@ -79,7 +81,7 @@ class StudentPhase(Method):
     @step("distillation")
     def learn(self) -> None:
         rows = self.stores()[0].next(self.kd_batch)
-        x = self.view(rows, self.kd_aug, name="kd")
+        x = self.view(rows, self.kd_aug, name="kd", scale=self.kd_scale)
         with torch.no_grad():
             t = self.teacher(x).logits
         self.minimise(self.student_terms(x, t, rows), self.opt_s)

@@ -18,7 +18,11 @@ from fastkd.nn import copy_
 
 @dataclass
 class Fast(PoolMethod):
-    """Defaults: Fast-5, ResNet-34 → ResNet-18 on CIFAR-10/100 [code]. ImageNet: see the recipe of that name."""
+    """Defaults: Fast-5, ResNet-34 → ResNet-18 on CIFAR-10/100 [code].
+
+    The ImageNet form: generator_name=g_deep, meta=reptile, reptile=1, meta_latent, redraw_every=50, pool_select=last, adv_start=1;
+    its 140 k images without student steps are a warm-up of as many calls. All calls of an epoch come before its student steps.
+    """
 
     generator_name: Literal["g_fast", "g_deep"] = "g_fast"
     """g_deep: a latent map on an H/16 grid, for 224 px"""
@@ -47,9 +51,11 @@ class Fast(PoolMethod):
     redraw_every: int = 0
     """calls after which z0 is drawn anew and the meta optimiser is fresh (ImageNet: 50); 0: never"""
     reset_l0_at: int | None = -1
-    """1-based call at which the first linear and BN are re-initialised once; -1: 120 + warmup, none: never"""
+    """1-based call at which the first layer and BN are re-initialised once; none: never; -1: the first call of the 120th epoch after
+    warm-up with g_fast, never with g_deep"""
     adv_start: int | None = None
-    """1-based call from which the adversary takes part; none: the number of warm-up epochs, as released"""
+    """1-based call from which the adversary takes part; none: the number of calls in warm-up, as released
+    (one call before the student's first step)"""
 
     def build(self) -> None:
         self.build_student()
@@ -76,14 +82,17 @@ class Fast(PoolMethod):
         return [*self.clone.parameters(), *([self.z] if self.meta_latent else [])]
 
     def epoch(self, e: int) -> Iterator[Step]:
+        reset = self.reset_l0_at
+        if reset == -1:
+            reset = (119 + self.warmup) * self.loops + 1 if self.generator_name == "g_fast" else None
         for call in range(e * self.loops + 1, (e + 1) * self.loops + 1):
-            if call == (120 + self.warmup if self.reset_l0_at == -1 else self.reset_l0_at):
+            if call == reset:
                 yield self.reset_first_layer
             if self.meta_latent and (call == 1 or (self.redraw_every and call % self.redraw_every == 0)):
                 yield self.redraw_latents
             yield self.start
             for _ in range(self.g_steps):
-                yield self.adapt, call >= (self.warmup if self.adv_start is None else self.adv_start)
+                yield self.adapt, call >= (self.warmup * self.loops if self.adv_start is None else self.adv_start)
             yield self.meta_update
             yield self.remember
         yield from self.student_epoch(e)
@@ -92,7 +101,8 @@ class Fast(PoolMethod):
     def reset_first_layer(self) -> None:
         for m in (self.theta.l0, self.theta.bn0):
             nn.init.normal_(m.weight, 0, 0.02)
-            nn.init.zeros_(m.bias)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
 
     @step("synthesis", eager=True)
     def redraw_latents(self) -> None:

@@ -3,6 +3,7 @@ with class activation maps pushed towards the image centre and embedding diversi
 
 from __future__ import annotations
 
+import functools
 import random
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -74,13 +75,21 @@ class Muse(Nayer):
 
     def check(self) -> None:
         super().check()
-        if self.a_cam and self.cam_layer == "last" and self.teacher(torch.zeros(1, *self.shape, device=self.device)).map is None:
+        if self.a_cam:
+            t = self.teacher(torch.zeros(1, *self.shape, device=self.device), "groups")
+            if self.cam_layer == "last" and t.map is None:
+                raise ConfigError(
+                    "the CAM term needs the map before a global pooling, and none was found in this teacher; use --set method.a_cam=0."
+                )
+            if self.cam_layer == "pre_last_stage" and len(t.groups or ()) < 2:
+                raise ConfigError(
+                    "the map before the last stride is not found in this teacher; use --set method.cam_layer=last, or method.a_cam=0."
+                )
+        if self.a_aed and not self.a_ed:
+            raise ConfigError("a_aed needs a_ed > 0, or nothing trains the head that it measures with; use --set method.a_aed=0 as well.")
+        if len(set(self.sizes())) < len(self.sizes()) or max(self.sizes()) > self.shape[-1]:
             raise ConfigError(
-                "the CAM term needs the map before a global pooling, and none was found in this teacher; use --set method.a_cam=0."
-            )
-        if self.a_cam and self.teacher.taps is None and self.cam_layer == "pre_last_stage":
-            raise ConfigError(
-                "the map before the last stage is not found in this teacher; use --set method.cam_layer=last, or method.a_cam=0."
+                f"resolutions are {list(self.sizes())}; expected different ones, none above the teacher's input of {self.shape[-1]} px."
             )
         if self.a_cam and self.cam_weights == "linear" and self.cam_layer == "last" and self.teacher.head is None:
             raise ConfigError(
@@ -105,15 +114,17 @@ class Muse(Nayer):
             )
 
     def notes(self) -> list[str]:
-        e = self.table_of_labels()
-        distance = torch.cdist(e, e).square() / e.shape[1]
-        closest = distance[distance > 1e-9].min().item()  # classes of one name (ImageNet's two cranes) have one embedding
-        if self.a_ed and self.r > closest:
-            return [
-                f"the hinge radius r = {self.r} exceeds the smallest distance between two label embeddings ({closest:.4f}): "
-                "the embedding term may stay zero"
-            ]
-        return []
+        said = []
+        if self.a_ed:
+            e = self.table_of_labels().double()
+            distance = torch.cdist(e, e, compute_mode="donot_use_mm_for_euclid_dist").square() / e.shape[1]
+            distance = distance[distance > 1e-9]  # classes of one name (ImageNet's two cranes) have one embedding
+            if len(distance) and self.r > distance.min():
+                said.append(
+                    f"the hinge radius r = {self.r} exceeds the smallest distance between two label embeddings "
+                    f"({distance.min().item():.4f}): the embedding term may stay zero"
+                )
+        return said
 
     # Which resolution when: a pure function of the fields -----------------------------------------------------------
 
@@ -121,7 +132,11 @@ class Muse(Nayer):
         nominal = self.shape[-1]
         return self.resolutions or ((64, 96, 128) if nominal >= 224 else (nominal,))
 
-    def plan(self) -> list[list[int]]:
+    def loops(self, e: int) -> list[int]:
+        return self._plan[e]
+
+    @functools.cached_property
+    def _plan(self) -> list[list[int]]:
         """For each epoch the resolutions of its loops: the host's loops at an equal budget of pixels (or images)."""
         sizes, host = self.sizes(), [len(super(Muse, self).loops(e)) for e in range(self.epochs)]
         scale = {size: (self.shape[-1] / size) ** 2 if self.budget == "pixels" else 1.0 for size in sizes}
@@ -141,17 +156,14 @@ class Muse(Nayer):
         return out
 
     def _choose(self, sizes: list[int], made: dict[int, int], target: dict[int, float], draw: random.Random) -> int:
-        if self.res_schedule == "cycle":  # the one furthest behind its share; ties in the order given
+        if self.res_schedule == "cycle":  # in turn: the one with the fewest loops, ties in the order given
             return min(sizes, key=lambda size: made[size])
         weights = [(target[size] - made[size]) * size * size if self.res_schedule == "remaining" else 1.0 for size in sizes]
         return draw.choices(sizes, weights)[0]
 
-    def loops(self, e: int) -> list[int]:
-        return self.plan()[e]
-
     def student_resolutions(self, e: int) -> list[int]:
         """The resolution of each student step of epoch e, drawn in proportion to the images (or pixels) stored by then."""
-        made = [size for loops in self.plan()[: e + 1] for size in loops]
+        made = [size for loops in self._plan[: e + 1] for size in loops]
         weights = [made.count(size) * (size * size if self.kd_pool_choice == "pixels" else 1) for size in self.sizes()]
         return random.Random(f"{self.seed}/resolution/{e}").choices(self.sizes(), weights, k=self.kd_steps)
 
@@ -204,11 +216,11 @@ class Muse(Nayer):
 
     def more_terms(self, x: Tensor, t: Trace, s: Trace | None, call: Call) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
-        if self.a_cam and (self.cam_at == "all" or call.image.shape[-1] < self.shape[-1]):
+        wanted = self.a_cam and (self.cam_at == "all" or call.image.shape[-1] < self.shape[-1])
+        if wanted and self.features_of(t).shape[-2:] != (1, 1):  # a single cell says nothing about where the evidence lies
             cam = self.cam_of(t, call.y, (x.shape[-2], x.shape[-1]))
-            if cam.shape[-2:] != (1, 1):  # a single cell says nothing about where the evidence lies
-                h, w = cam.shape[-2:]
-                terms["cam"] = self.a_cam * losses.cam_to_mask(cam, losses.gaussian_mask(h, w, self.cam_sigma * h, like=cam))
+            h, w = cam.shape[-2:]
+            terms["cam"] = self.a_cam * losses.cam_to_mask(cam, losses.gaussian_mask(h, w, self.cam_sigma * h, like=cam))
         if self.a_aed and s is not None and s.feature is not None:
             with self.frozen(self.project):
                 distance = losses.embedding_distance(self.project(s.feature), self.targets[call.y])
@@ -216,11 +228,16 @@ class Muse(Nayer):
             terms["aed"] = self.a_aed * losses.adv_embedding(distance, mask, self.aed_cap)
         return terms
 
+    def features_of(self, t: Trace) -> Tensor:
+        """The map that the CAM is made of."""
+        features = t.map if self.cam_layer == "last" else t.groups[-2] if t.groups else None
+        assert features is not None  # `check` refused what has no map
+        return features
+
     def cam_of(self, t: Trace, y: Tensor, size: tuple[int, int]) -> Tensor:
         """Normalised activation maps of the labels, [b, h, w]."""
-        features = t.map if self.cam_layer == "last" else t.groups[-2] if t.groups else None
+        features = self.features_of(t)
         head = self.teacher.head if self.cam_layer == "last" and self.cam_weights == "linear" else None
-        assert features is not None  # `check` refused what has no map
         if head is not None:
             weight, labels = head[0], y
         else:  # Grad-CAM's channel weights: one row a sample, so that sample b takes row b
@@ -241,7 +258,7 @@ class Muse(Nayer):
     @step("distillation")
     def learn(self, size: int = 0) -> None:
         rows = self.at[size or self.sizes()[0]].pool.next(self.kd_batch)
-        x = self.view(rows, self.kd_aug, name="kd")
+        x = self.view(rows, self.kd_aug, name="kd", scale=self.kd_scale)
         if self.kd_resolution == "nominal" and size != self.shape[-1]:
             x = F.interpolate(x, self.shape[1:], mode="bilinear", align_corners=False)
         with torch.no_grad():

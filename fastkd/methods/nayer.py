@@ -13,6 +13,7 @@ from fastkd.errors import ConfigError
 from fastkd.memory import Store
 from fastkd.method import Step, step
 from fastkd.methods._pool import PoolMethod
+from fastkd.rng import derive
 
 
 @dataclass
@@ -73,8 +74,9 @@ class Nayer(PoolMethod):
     def epoch(self, e: int) -> Iterator[Step]:
         if e % self.g_life == 0 or (e - self.warmup) % self.g_life == 0:
             yield self.recreate
-        for size in self.loops(e):
-            yield self.redraw, size
+        done = sum(len(self.loops(before)) for before in range(e))
+        for k, size in enumerate(self.loops(e), done):
+            yield self.redraw, size, k
             for _ in range(self.g_steps):
                 yield self.invert, size, e >= self.warmup
             yield self.remember, size
@@ -85,23 +87,35 @@ class Nayer(PoolMethod):
         for net in self.G.values():
             net.reinit()
 
-    @step("synthesis")
-    def redraw(self, size: int) -> None:
+    @step("synthesis", eager=True)
+    def redraw(self, size: int, k: int) -> None:
         self.G[size].redraw(self.rng.whole("noisy"))
-        self.at[size].y.copy_(self.balanced())
+        self.at[size].y.copy_(self.balanced(k))
         self.reset(self.opt_g[size])
         self.at[size].best.reset()
 
-    def balanced(self) -> Tensor:
-        """floor(B / C) copies of 0 … C - 1, then random labels at the end; this rank's rows."""
+    def balanced(self, k: int) -> Tensor:
+        """Labels of loop k, this rank's rows: floor(B / C) copies of 0 … C - 1, then random ones at the end. A batch smaller than C is
+        the next slice of shuffled class lists, so that consecutive loops make every class equally often."""
         rows = self.rows(self.batch).to(self.device)
+        if self.batch < self.classes:
+            at = k * self.batch + self.rows(self.batch)
+            lists = {int(p): self.shuffled(int(p)) for p in torch.unique(at // self.classes)}
+            return torch.stack([lists[int(i) // self.classes][int(i) % self.classes] for i in at]).to(self.device)
         whole = self.batch // self.classes * self.classes
         return torch.where(rows < whole, rows % self.classes, self.rng.labels(self.batch, self.classes))
+
+    def shuffled(self, p: int) -> Tensor:
+        """The p-th shuffled list of all classes, equal on all ranks."""
+        return torch.randperm(self.classes, generator=torch.Generator().manual_seed(derive(self.seed, "classes", p)))
 
     @step("synthesis")
     def invert(self, size: int, adversary: bool) -> None:
         x = self.G[size](self.at[size].y)
-        total = self.minimise(self.inversion_terms(self.view(x, self.aug_at(size)), self.at[size], adversary), self.opt_g[size])
+        terms = self.inversion_terms(self.view(x, self.aug_at(size)), self.at[size], adversary)
+        if len(self.at) > 1:  # values of different resolutions say nothing about each other
+            self.tell(**{f"{name}_{size}": value for name, value in terms.items()})
+        total = self.minimise(terms, self.opt_g[size])
         self.offer(self.at[size], total, x)
 
     def aug_at(self, size: int) -> str:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
-from fastkd.memory import Store
+from fastkd.memory import Rows, Store
 from fastkd.method import Step
 from fastkd.methods._student import StudentPhase
 
@@ -34,12 +35,19 @@ class Noise(StudentPhase):
         gaussian = self.kind == "gaussian"
         self.pool = Store(self.rng, self.n_images, self.shape, torch.float16 if gaussian else torch.uint8)
         self.pool.reserve(self.kd_steps * self.kd_batch)
-        draw = self.rng.normal if gaussian else self.rng.uniform
-        for start in range(0, self.n_images, 4096):
-            self.pool.add(draw(min(4096, self.n_images - start), *self.shape, name="noise"))
+        draw, chunk = self.rng.normal if gaussian else self.rng.uniform, 16 * self.kd_batch
+        for start in range(0, self.n_images, chunk):
+            self.pool.add(draw(min(chunk, self.n_images - start), *self.shape, name="noise"))
 
     def stores(self) -> list[Store]:
         return [self.pool]
+
+    def student_terms(self, x: Tensor, t: Tensor, rows: Rows) -> dict[str, Tensor]:
+        # A teacher may give nearly all noise one label: its confidence, and the share of the class it names most, are logged.
+        p = t.detach().softmax(1)
+        named = (p.argmax(1, keepdim=True) == torch.arange(self.classes, device=p.device)).to(p.dtype).mean(0)
+        self.tell(confidence=p.amax(1).mean(), top_class=named.amax())
+        return super().student_terms(x, t, rows)
 
     def epoch(self, e: int) -> Iterator[Step]:
         yield from self.student_epoch(e)

@@ -42,10 +42,12 @@ class BnEma(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average by the statistics that `mix` saw last: they become the average in the first call."""
-        moved = torch.lerp(self.last, self.mean_var, self.momentum)
-        self.mean_var.copy_(torch.where(self.calls > 0, moved, self.last))
-        self.calls += 1
+        """Move the average by the statistics that `mix` saw last: they become the average in the first call. Statistics that are not
+        finite (their step was skipped) move nothing, or every later loss would be lost with them."""
+        moved = torch.where(self.calls > 0, torch.lerp(self.last, self.mean_var, self.momentum), self.last)
+        finite = self.last.isfinite().all()
+        self.mean_var.copy_(torch.where(finite, moved, self.mean_var))
+        self.calls += finite
 
     def extra_repr(self) -> str:
         return f"channels={self.last.shape[1]}, momentum={self.momentum}"

@@ -1,0 +1,78 @@
+"""A batch out of an image store: gather, crop, flip and normalise. The rows are the same 256 in every call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkd import ops
+from fastkd.ops.replay.reference import replay_gather_ref
+
+from . import peers
+from ._case import Case, Plan, Provider, compiled, ours, provider
+from ._timing import measure_all
+
+OP = "replay_gather"
+STORES = [(50_000, 32, 256), (4_096, 112, 256)]
+"""Images, height and width, batch."""
+TINY = [(64, 12, 8)]
+PAD = 4
+
+
+def run(plan: Plan) -> list[dict[str, Any]]:
+    return measure_all(cases(plan), plan)
+
+
+def cases(plan: Plan) -> Iterator[Case]:
+    for store in TINY if plan.quick else STORES:
+        yield case(plan, *store)
+
+
+def case(plan: Plan, n: int, size: int, batch: int) -> Case:
+    draw = torch.Generator().manual_seed(6)
+
+    def integers(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=draw)
+
+    images = integers(256, n, size, size, 3).to(plan.device, torch.uint8)
+    index, dy, dx = (v.to(plan.device) for v in (integers(n, batch), integers(2 * PAD + 1, batch), integers(2 * PAD + 1, batch)))
+    flip = integers(2, batch).bool().to(plan.device)
+    mean, std = torch.tensor([0.49, 0.48, 0.44], device=plan.device), torch.tensor([0.25, 0.24, 0.26], device=plan.device)
+    args = (images, index, dy, dx, flip, PAD, mean, std, torch.float32)
+    where = list(zip(index.tolist(), dy.tolist(), dx.tolist(), flip.tolist()))
+
+    def slices() -> tuple[Tensor]:
+        """One image after the other: convert, pad, cut, mirror; then stack and normalise."""
+        out = []
+        for i, top, left, mirrored in where:
+            image = F.pad(images[i].permute(2, 0, 1).float().div(255), (PAD, PAD, PAD, PAD))
+            image = image[:, top : top + size, left : left + size]
+            out.append(image.flip(2) if mirrored else image)
+        return (((torch.stack(out) - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)),)
+
+    def public() -> tuple[Tensor]:
+        return (ops.replay_gather(images, index, dy=dy, dx=dx, flip=flip, pad=PAD, mean=mean, std=std, dtype=torch.float32),)
+
+    def of(fn: Any) -> Any:
+        return lambda: (fn(*args),)
+
+    return Case(
+        op=OP,
+        labels={"case": f"{n} images", "shape": f"{batch}x3x{size}x{size}", "layout": "channels_last", "dtype": "uint8 to float32"},
+        providers=[
+            Provider("advanced indexing", "eager", of(replay_gather_ref)),
+            Provider("slice loop", "eager", slices),
+            provider("compile(advanced indexing)", "compile", lambda: of(compiled(plan, replay_gather_ref))),
+            *ours(OP, plan, public, definition=False),
+            provider("cpprb sample", "peer", lambda: peers.cpprb(images, batch, mean, std), checked=False),
+            provider("torchrl sample", "peer", lambda: peers.torchrl(images, batch, mean, std), checked=False),
+        ],
+        truth=lambda: (replay_gather_ref(*args[:-1], torch.float64),),
+        baseline="advanced indexing",
+        tolerance=1e-6,
+        bytes=batch * size * size * 3 * (1 + 4),  # reads bytes, writes floats
+    )

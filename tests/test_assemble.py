@@ -1,0 +1,195 @@
+"""From configuration to networks, data and method: what is taken, what is said, what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import fastkd
+from fastkd import assemble, config, models
+from fastkd.assemble.job import make_method
+from fastkd.assemble.networks import load_network, read_names, weights_path
+from fastkd.config import TeacherConfig
+from fastkd.errors import ConfigError, InputError, PlaceError
+
+TINY = {"epochs": 2, "warmup": 1, "batch": 20, "g_steps": 1, "g_loops": 1, "gwp_loops": 1, "kd_steps": 2, "kd_batch": 16, "hidden": 16}
+
+
+def tiny(**over):
+    return config.resolve(None, {"method": {**TINY}, **over})
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A small network's weights, with and without metadata."""
+    torch.manual_seed(0)
+    net = models.build("resnet8", classes=10, channels=1, input_size=8)
+    bare, full = tmp_path / "bare.safetensors", tmp_path / "full.safetensors"
+    models.save_weights(bare, net.state_dict())
+    models.save_weights(full, net.state_dict(), assemble.metadata("resnet8", 10, (1, 8, 8), (0.3,), (0.4,), None, data="digits"))
+    return bare, full
+
+
+def test_the_embedded_teacher_reaches_99_percent():
+    found = assemble.evaluate(TeacherConfig(weights="embedded:digits-resnet20"), "digits", device="cpu")
+    assert found["top1"] >= 0.99 and found["images"] == 500 and found["parameters"] == 269434
+    assert weights_path("embedded:digits-resnet20").stat().st_size < 1 << 20
+
+
+def test_the_embedded_teachers_recipe_is_the_one_in_its_metadata():
+    from fastkd.tasks.embedded import RECIPE
+
+    said = models.load_weights(weights_path("embedded:digits-resnet20")).metadata
+    assert config.TeachConfig.model_validate_json(said["recipe"]) == RECIPE and "CC BY 4.0" in said["origin"]
+
+
+def test_a_run_writes_its_folder(tmp_path):
+    out = tmp_path / "run"
+    kinds: list[str] = []
+    outcome = assemble.distil(tiny(), out, listeners=[lambda e: kinds.append(e["kind"])])
+    assert outcome.code == 0 and kinds[0] == "start" and kinds[-1] == "done" and kinds.count("epoch") == 2
+    assert {p.name for p in out.iterdir()} == {
+        "config.json",
+        "environment.json",
+        "events.jsonl",
+        "status.json",
+        "checkpoints",
+        "student.safetensors",
+    }
+    resolved = json.loads((out / "config.json").read_text())
+    assert resolved["method"]["tau"] == 20.0 and resolved["precision"] == "fp32" and resolved["method"]["name"] == "muse"
+    assert json.loads((out / "status.json").read_text())["state"] == "done"
+    saved = models.load_weights(out / "student.safetensors")
+    assert saved.metadata["architecture"] == "wrn10_1" and float(saved.metadata["accuracy"]) == pytest.approx(
+        outcome.summary["student"]["top1"]
+    )
+    assert assemble.evaluate(TeacherConfig(weights=str(out)), "digits")["top1"] == pytest.approx(outcome.summary["student"]["top1"])
+    best = models.load_weights(out / "checkpoints" / "best" / "student.safetensors")
+    assert best.metadata["note"] == "selected on test data"
+
+
+def test_the_last_student_counts(tmp_path):
+    outcome = assemble.distil(tiny(), tmp_path / "run")
+    epochs = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    epochs = [e for e in epochs if e["kind"] == "epoch"]
+    assert outcome.summary["student"]["top1"] == epochs[-1]["top1"] and outcome.summary["student"]["best"] >= epochs[-1]["top1"]
+
+
+def test_a_run_without_data_reports_agreement(tmp_path):
+    summary = assemble.distil(tiny(data="none"), None).summary
+    assert summary["student"]["top1"] is None and {"agreement", "confidence", "balance"} <= summary.keys()
+
+
+def test_resume_rules(tmp_path):
+    from fastkd.errors import CheckpointError
+
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        assemble.distil(tiny(), tmp_path / "new", resume="must")
+    assert assemble.distil(tiny(), tmp_path / "new", resume="auto").code == 0
+    with pytest.raises(ConfigError, match="not empty"):
+        assemble.distil(tiny(), tmp_path / "new")
+    with pytest.raises(ConfigError, match="another config"):
+        assemble.distil(tiny(seed=1), tmp_path / "new", resume="must")
+    assert assemble.distil(tiny(checkpoint={"keep": 1}), tmp_path / "new", resume="must").code == 0
+
+
+def test_python_entry_point():
+    small = {"name": "noise", "n_images": 64, "epochs": 1, "kd_steps": 2, "kd_batch": 16}
+    outcome = fastkd.distil(method=small, seed=3)
+    assert outcome.code == 0 and outcome.summary["method"] == "noise" and outcome.summary["seed"] == 3
+
+
+@pytest.mark.parametrize("method", ["muse", "nayer", "fast", "noise"])
+def test_a_dry_run_walks_every_step_and_computes_nothing(method):
+    planned = assemble.dry_run(config.resolve(None, {"method": {"name": method}}))
+    names = {row["step"] for row in planned["steps"]}
+    assert {"learn", "anneal", "deal"} <= names and planned["total"] == sum(row["times"] for row in planned["steps"])
+    assert planned["bytes"]["teacher"] > 1e6 and planned["bytes"]["student"] > 3e5
+
+
+def test_metadata_is_taken_and_said_and_options_win(weights):
+    bare, full = weights
+    found = load_network(TeacherConfig(weights=str(full)))
+    assert (found.spec, found.classes, found.shape, found.mean, found.std) == ("resnet8", 10, (1, 8, 8), (0.3,), (0.4,))
+    assert any("mean = 0.3" in n and "metadata" in n for n in found.notes)
+    found = load_network(TeacherConfig(weights=str(full), mean=(0.5,)))
+    assert found.mean == (0.5,) and any("as given; the weights' metadata says 0.3" in n for n in found.notes)
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({}, "does not name its architecture"),
+        ({"spec": "resnet8"}, "normalisation .* is not known.*--mean and --std"),
+        ({"spec": "resnet8", "mean": (0.3,), "std": (0.4,)}, "input size .* is not known"),
+        ({"spec": "resnet8", "mean": (0.3, 0.3), "std": (0.4,), "channels": 1, "input_size": 8}, "mean has 2 and std 1 numbers"),
+    ],
+)
+def test_what_nobody_knows_is_refused_not_guessed(weights, options, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        load_network(TeacherConfig(weights=str(weights[0]), **options))
+
+
+def test_class_counts_must_agree(weights, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("a\nb\nc\n")
+    with pytest.raises(InputError, match="3 class names for 10 classes"):
+        load_network(TeacherConfig(weights=str(weights[1]), class_names=str(names)))
+    assert read_names(str(names)) == ["a", "b", "c"]
+    names.write_text('["x", "y"]')
+    assert read_names(str(names)) == ["x", "y"]
+    with pytest.raises(InputError, match="are a directory"):
+        read_names(str(tmp_path))
+    with pytest.raises(InputError, match=r"found|expected"):
+        load_network(TeacherConfig(spec="resnet8", weights=str(weights[1]), classes=7))
+
+
+def test_a_teacher_of_other_data_is_refused(weights, tmp_path):
+    for name in ("one", "two", "three"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        from PIL import Image
+
+        Image.new("L", (8, 8)).save(tmp_path / "set" / name / "0.png")
+    with pytest.raises(InputError, match=r"the teacher has 10 classes, .* has 3"):
+        assemble.make_job(tiny(teacher={"weights": str(weights[1])}, student={"spec": "resnet8"}, data=str(tmp_path / "set")))
+
+
+@pytest.mark.parametrize(
+    "table, sentence",
+    [
+        ({"name": "muze"}, "did you mean 'muse'"),
+        ({"name": "muse", "lr_gg": 1}, r"did you mean method\.lr_g\?"),
+        ({"name": "muse", "lr": "fast"}, r"method\.lr is 'fast'"),
+        ({"name": "muse", "lr": float("nan")}, r"method\.lr is nan"),
+        ({"name": "muse", "cam_norm": "max"}, r"method\.cam_norm"),
+        ({"name": "muse", "epochs": 0}, "at least 1"),
+        ({"name": "muse", "epochs": 5, "warmup": 5}, "the student would never learn"),
+    ],
+)
+def test_wrong_method_tables(table, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        make_method(table)
+
+
+def test_a_teacher_without_batch_norm_is_refused_by_methods_that_need_it(tmp_path):
+    net = models.build("lenet5", classes=10, channels=1, input_size=32)
+    path = tmp_path / "lenet.safetensors"
+    models.save_weights(path, net.state_dict(), assemble.metadata("lenet5", 10, (1, 32, 32), (0.3,), (0.4,), None))
+    with pytest.raises(ConfigError, match=r"needs a teacher with BatchNorm.*work without: noise"):
+        assemble.make_job(tiny(teacher={"weights": str(path)}, student={"spec": "lenet5_half"}, data="none"))
+
+
+@pytest.mark.parametrize("name, error", [("gpu", ConfigError), ("cuda:99", PlaceError), ("mps", ConfigError)])
+def test_devices(name, error):
+    with pytest.raises(error, match=name):
+        assemble.resolve_device(name)
+
+
+def test_a_student_of_a_run_is_a_student(tmp_path):
+    assemble.distil(tiny(), tmp_path / "a")
+    job = assemble.make_job(tiny(student={"spec": f"ckpt:{tmp_path / 'a'}"}))
+    saved = models.load_weights(tmp_path / "a" / "student.safetensors")
+    own = dict(job.given.student.net.state_dict())
+    assert own.keys() == saved.state.keys() and all(torch.equal(own[k], saved.state[k]) for k in own)
