@@ -170,6 +170,10 @@ class Method:
         """Whether the student is trained in epoch `e`; epochs where it is not are left out of means over epochs."""
         return True
 
+    def images_of(self, phase: Phase) -> int:
+        """Images that a step of this phase passes through the networks, over all ranks; for the rate that progress shows."""
+        return self.batch
+
     def sample(self, n: int) -> Tensor | None:
         """Up to `n` of the newest synthetic images as the networks see them [n, C, H, W], or None where there are none yet."""
         return None

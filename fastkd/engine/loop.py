@@ -90,7 +90,7 @@ def run(method: Method, settings: Settings, events: Events, out: Path | None, st
     saver = _Saver(method, settings, events, out)
     (at_epoch, at_step), done = _resume(method, settings, events, out) if resume and out else ((0, 0), 0)
     total = done + sum(1 for e in range(at_epoch, method.epochs) for i, *_ in steps(method, e) if (e, i) >= (at_epoch, at_step))
-    clock, began, begun_at = Clock(method.device), time.monotonic(), done
+    clock, began, begun_at, images = Clock(method.device), time.monotonic(), done, 0
     cast = autocast(method.device, settings.precision)
     for epoch in range(at_epoch, method.epochs):
         epoch_began = time.monotonic()
@@ -102,9 +102,10 @@ def run(method: Method, settings: Settings, events: Events, out: Path | None, st
             with clock(fn.phase), cast():  # type: ignore[attr-defined]
                 fn(*args)
             method.step_ends()
-            done += 1
+            done, images = done + 1, images + (0 if fn.eager else method.images_of(fn.phase))  # type: ignore[attr-defined]
             if done % settings.poll == 0:
                 stopping = bool(ranks.max(torch.tensor(float(bool(stop)))).item())
+                elapsed = max(1e-9, time.monotonic() - began)
                 events.tell(
                     "poll",
                     epoch=epoch,
@@ -112,8 +113,9 @@ def run(method: Method, settings: Settings, events: Events, out: Path | None, st
                     step=done,
                     steps=total,
                     phase=fn.phase,  # type: ignore[attr-defined]
-                    terms=method.log.read,  # type: ignore[attr-defined]
-                    steps_per_second=(done - begun_at) / max(1e-9, time.monotonic() - began),
+                    terms=method.log.read,
+                    steps_per_second=(done - begun_at) / elapsed,
+                    images_per_second=images / elapsed,
                 )
             else:
                 stopping = False

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkd import losses
 from fastkd.memory import Rows, Store
-from fastkd.method import Method, Step, step
+from fastkd.method import Method, Phase, Step, step
 
 
 @dataclass
@@ -55,6 +55,9 @@ class StudentPhase(Method):
     def stores(self) -> list[Store]:
         """The stores that a student phase deals from."""
         raise NotImplementedError
+
+    def images_of(self, phase: Phase) -> int:
+        return self.kd_batch if phase == "distillation" else self.batch
 
     def trains_student(self, e: int) -> bool:
         return e >= self.warmup

@@ -131,3 +131,20 @@ def test_a_folder_has_one_owner_and_a_dead_one_is_replaced(tmp_path):
     with locked(tmp_path):
         assert (tmp_path / "lock").exists()
     assert not (tmp_path / "lock").exists()
+
+
+@pytest.mark.parametrize("name", ["muse", "fast", "noise"])
+def test_bf16_autocast_stays_finite_and_moves_the_student(name):
+    method = small.prepared(name)
+    before = [p.detach().clone() for p in method.student.parameters()]
+    assert small.run(method, precision="bf16") == 0
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in method.student.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, method.student.parameters(), strict=True))
+
+
+def test_progress_tells_steps_and_images():
+    method, told = small.prepared("noise"), []
+    loop.run(method, loop.Settings(poll=2), events.Events(None, [told.append]), None)
+    polls = [e for e in told if e["kind"] == "poll"]
+    assert polls and all(e["steps_per_second"] > 0 and e["steps"] == polls[0]["steps"] for e in polls)
+    assert polls[-1]["images_per_second"] > 0 and polls[-1]["terms"]() is not None
