@@ -49,7 +49,7 @@ demo: $(INSTALLED)
 	$(PY) -m fastkd demo $(ARGS)
 
 test: $(INSTALLED)
-	$(PY) -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -q -n auto --dist loadfile $(ARGS)
 
 slow: $(INSTALLED)
 	$(PY) -m pytest -q -m slow $(ARGS)

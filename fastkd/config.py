@@ -250,7 +250,10 @@ def resolve(recipe: str | None, options: dict[str, Any], sets: Iterable[str] = (
             )
         recipe = f"{name or 'muse'}-digits"
         if recipe not in recipes():
-            raise ConfigError(unknown("method", name or "muse", [r.removesuffix("-digits") for r in recipes() if r.endswith("-digits")]))
+            known = [r.removesuffix("-digits") for r in recipes() if r.endswith("-digits")]
+            raise ConfigError(
+                unknown("method", str(name), known) + " A method without an embedded example needs --teacher SPEC --teacher-weights FILE."
+            )
     values = read_recipe(recipe) if recipe else {}
     base_name = _name(values.get("method"))
     if name and base_name and name != base_name:

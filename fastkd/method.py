@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import inspect
 import math
+import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
@@ -27,6 +28,8 @@ from fastkd.ops import replay_gather
 from fastkd.rng import Rng
 
 Net = TypeVar("Net", bound=nn.Module)
+Augmentation = Literal["none", "crop", "crop_flip", "resized_crop", "roll_flip"]
+"""How a batch is changed before a network sees it; see `Method.view`."""
 Phase = Literal["synthesis", "distillation", "memory"]
 Step = Callable[..., Any] | tuple[Any, ...]
 
@@ -93,7 +96,8 @@ class Method:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"bn"})
-    """What must be there before the first step: bn, embeddings, labels, groups, cam, data, second_order."""
+    """What must be there before the first step: bn (a teacher with BatchNorm), embeddings (made where they are missing), data (real
+    images). What depends on fields is for `check` to refuse."""
     space: ClassVar[Literal["unit", "normalised"]] = "unit"
     """Where its images live: [0, 1] and seen through `view`, or the teacher's normalised space."""
 
@@ -375,7 +379,7 @@ class Method:
         return augment.roll_flip(x, dy, dx, flip & self.augmentation.flip)
 
 
-AUGMENTATIONS = ("none", "crop", "crop_flip", "resized_crop", "roll_flip")
+AUGMENTATIONS = typing.get_args(Augmentation)
 _TOOLBOX = frozenset(n for n, v in vars(Method).items() if not n.startswith("__") and (callable(v) or isinstance(v, staticmethod)))
 
 

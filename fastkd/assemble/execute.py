@@ -17,6 +17,7 @@ import torch
 import fastkd
 from fastkd import models, ops
 from fastkd.assemble.job import Job
+from fastkd.config import SAFE_ON_RESUME
 from fastkd.engine import evaluation, loop, signals
 from fastkd.engine.checkpoint import write_atomic
 from fastkd.engine.events import Events, Listener, curve
@@ -129,8 +130,12 @@ def versions() -> dict[str, str]:
 def config_hash(config: dict[str, Any]) -> str:
     """Identity of a configuration, leaving out what may change when a run is continued."""
     body = copy.deepcopy(config)
-    for key in ("checkpoint", "poll", "device"):
-        body.pop(key, None)
+    for path in SAFE_ON_RESUME:
+        *parents, key = path.split(".")
+        inner = body
+        for parent in parents:
+            inner = inner.get(parent, {})
+        inner.pop(key, None)
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -96,6 +96,8 @@ def make_method(table: dict[str, Any]) -> Method:
                 f"unknown key 'method.{key}' of method '{name}'{f'; did you mean method.{close}?' if close else '.'} "
                 f"Known: {', '.join(sorted(known))}."
             )
+        if value is None and "none" in typing.get_args(hints[key]):
+            value = "none"  # `--set KEY=none` is None everywhere else
         try:
             values[key] = pydantic.TypeAdapter(hints[key], config=pydantic.ConfigDict(allow_inf_nan=False)).validate_python(value)
         except pydantic.ValidationError as e:

@@ -10,6 +10,7 @@ import click
 
 from fastkd.cli.common import emit, method_names, say, stored, verb
 from fastkd.cli.words import duration, percent
+from fastkd.errors import ConfigError
 
 if TYPE_CHECKING:
     from fastkd.config import RunConfig
@@ -68,7 +69,10 @@ def walked(config: RunConfig, out: Path) -> tuple[int, dict[str, Any]]:
 
 
 def summary_images(row: dict[str, Any]) -> int:
-    return max(1, int(row.get("images") or 0))
+    """Images that a run made and stored: as many noise images stand against them."""
+    if not row.get("images"):
+        raise ConfigError(f"method '{row['run']}' stores no images, so there is no noise run of equal budget; use `fastkd run` for it.")
+    return int(row["images"])
 
 
 def floor(values: dict[str, Any], kind: str, images: int) -> RunConfig:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkd import losses
 from fastkd.memory import Rows, Store
-from fastkd.method import Method, Phase, Step, step
+from fastkd.method import Augmentation, Method, Phase, Step, step
 
 
 @dataclass
@@ -24,13 +24,13 @@ class StudentPhase(Method):
     """first epochs, in which only images are made"""
     batch: int = 256
     """images of a synthesis batch, over all ranks"""
-    aug: str = "crop_flip"
+    aug: Augmentation = "crop_flip"
     """augmentation between generator and networks"""
     kd_batch: int = 256
     """images of a student step, over all ranks"""
     kd_steps: int = 400
     """student steps an epoch"""
-    kd_aug: str = "crop_flip"
+    kd_aug: Augmentation = "crop_flip"
     """augmentation of a student step"""
     kd_scale: float = 0.08
     """smallest share of the area that a resized crop keeps in a student step"""

@@ -185,13 +185,14 @@ def bn_bwd(
 def cam(features: Tensor, weight: Tensor, labels: Tensor, grad: Tensor | None) -> Tensor:
     """The raw map [B, h, w]; with `grad` (of that map) the gradient of `features` [B, K, h, w], of which only the layout is read."""
     wide = torch.promote_types(features.dtype, torch.float32)
-    out = blank(features)
+    if features.device.type != "cpu":
+        raise RuntimeError(f"the C++ class activation map runs on the CPU, features are on {features.device}")
     if grad is None:
         features = dense(features)
         given, out = features, torch.empty((features.shape[0], *features.shape[2:]), dtype=wide, device=features.device)
         pair = (given, out)
     else:
-        grad = grad.to(wide).contiguous()
+        out, grad = blank(features), grad.to(wide).contiguous()
         pair = (out, grad)
     weight, labels = _vector(weight, wide), labels.contiguous()
     check_range("label", labels, weight.shape[0])
@@ -207,6 +208,8 @@ def cam(features: Tensor, weight: Tensor, labels: Tensor, grad: Tensor | None) -
 
 def cam_finish(raw: Tensor, relu: bool, norm: str, size: list[int]) -> Tensor:
     """relu, scaling and bilinear resize of raw maps [B, h, w]; an empty `size` leaves the size."""
+    if raw.device.type != "cpu":
+        raise RuntimeError(f"the C++ class activation map runs on the CPU, the map is on {raw.device}")
     raw = raw.contiguous()
     batch, h, w = raw.shape
     height, width = size or (h, w)
