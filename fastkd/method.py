@@ -14,9 +14,10 @@ import math
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -30,6 +31,14 @@ from fastkd.rng import Rng
 Net = TypeVar("Net", bound=nn.Module)
 Augmentation = Literal["none", "crop", "crop_flip", "resized_crop", "roll_flip"]
 """How a batch is changed before a network sees it; see `Method.view`."""
+Count = Annotated[int, Field(ge=1)]
+"""A field that counts something of which there is at least one."""
+Rate = Annotated[float, Field(gt=0)]
+"""A field that must be positive: learning rates, temperatures, widths."""
+Weight = Annotated[float, Field(ge=0)]
+"""A field that weighs a term; 0 switches it off."""
+Share = Annotated[float, Field(ge=0, lt=1)]
+"""A field in [0, 1), such as a momentum."""
 Phase = Literal["synthesis", "distillation", "memory"]
 Step = Callable[..., Any] | tuple[Any, ...]
 

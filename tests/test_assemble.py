@@ -90,7 +90,7 @@ def test_resume_rules(tmp_path):
     assert assemble.distil(tiny(), tmp_path / "new", resume="auto").code == 0
     with pytest.raises(ConfigError, match="not empty"):
         assemble.distil(tiny(), tmp_path / "new")
-    with pytest.raises(ConfigError, match="another config"):
+    with pytest.raises(ConfigError, match="another seed: it was 0, now 1"):
         assemble.distil(tiny(seed=1), tmp_path / "new", resume="must")
     assert assemble.distil(tiny(checkpoint={"keep": 1}), tmp_path / "new", resume="must").code == 0
 
@@ -164,7 +164,7 @@ def test_a_teacher_of_other_data_is_refused(weights, tmp_path):
         ({"name": "muse", "lr": "fast"}, r"method\.lr is 'fast'"),
         ({"name": "muse", "lr": float("nan")}, r"method\.lr is nan"),
         ({"name": "muse", "cam_norm": "max"}, r"method\.cam_norm"),
-        ({"name": "muse", "epochs": 0}, "at least 1"),
+        ({"name": "muse", "epochs": 0}, r"method\.epochs is 0"),
         ({"name": "muse", "epochs": 5, "warmup": 5}, "the student would never learn"),
     ],
 )
@@ -208,3 +208,54 @@ def test_every_value_that_a_method_lists_can_be_set_as_it_is_shown(name):
         for value in typing.get_args(hints[field.name]) if typing.get_origin(hints[field.name]) is typing.Literal else ():
             made = make_method({"name": name, **parse_sets([f"{field.name}={value}"])})
             assert getattr(made, field.name) == value
+
+
+def test_a_refused_resume_names_the_key_and_touches_nothing(tmp_path):
+    out = tmp_path / "run"
+    assemble.distil(tiny(), out)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    with pytest.raises(ConfigError, match=r"another method\.tau: it was 20\.0, now 5\.0"):
+        assemble.distil(config.resolve(None, {"method": {**TINY, "tau": 5.0}}), out, resume="must")
+    assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+def test_a_method_that_refuses_leaves_no_folder(tmp_path):
+    with pytest.raises(ConfigError, match="a_aed needs"):
+        assemble.distil(config.resolve(None, {"method": {**TINY, "a_ed": 0.0}}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_breaks_says_so_in_its_status(tmp_path, monkeypatch):
+    from fastkd.engine import loop
+
+    def broken(*args, **kw):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(loop, "run", broken)
+    with pytest.raises(RuntimeError, match="planted"):
+        assemble.distil(tiny(), tmp_path / "run")
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["code"]) == ("fatal", 1)
+
+
+@pytest.mark.parametrize(
+    "key, value", [("lr", -1), ("tau", 0), ("tau", -1), ("kd_scale", 5), ("momentum", 2), ("cam_sigma", 0), ("aug", "foo"), ("g_steps", 0)]
+)
+def test_values_out_of_range_are_refused(key, value):
+    with pytest.raises(ConfigError, match=rf"method\.{key} is"):
+        make_method({"name": "muse", key: value})
+
+
+def test_constants_of_255_and_class_names_in_an_object_are_refused(weights, tmp_path):
+    with pytest.raises(ConfigError, match="divide mean and std by 255"):
+        load_network(TeacherConfig(weights=str(weights[1]), mean=(78.0,), std=(95.0,)))
+    names = tmp_path / "names.json"
+    names.write_text('{"0": "a", "1": "b"}')
+    with pytest.raises(InputError, match="JSON object"):
+        read_names(str(names))
+
+
+def test_an_unfinished_run_is_no_network(tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(InputError, match="is not finished; continue it with: fastkd run --resume"):
+        weights_path(str(tmp_path / "run"))

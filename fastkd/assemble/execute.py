@@ -21,8 +21,8 @@ from fastkd.config import SAFE_ON_RESUME
 from fastkd.engine import evaluation, loop, signals
 from fastkd.engine.checkpoint import write_atomic
 from fastkd.engine.events import Events, Listener, curve
-from fastkd.engine.folder import locked, prepare
-from fastkd.errors import CheckpointError, FastkdError, PlaceError
+from fastkd.engine.folder import locked, prepare, refuse
+from fastkd.errors import CheckpointError, ConfigError, PlaceError
 
 
 @dataclass
@@ -37,20 +37,50 @@ class Outcome:
 def execute(job: Job, out: Path | None, *, resume: str, listeners: Sequence[Listener]) -> Outcome:
     """Run a job in its folder: lock, configuration and environment before the first step, network and summary after the last."""
     if out is None:
+        loop.prepare(job.method, job.given, global_bn=job.global_bn)
         return _execute(job, None, resume=False, listeners=listeners)
     found = any((out / "checkpoints").glob("step-*"))
     if resume == "must" and not found:
-        raise CheckpointError(f"nothing to resume in '{out}': no checkpoint is there; leave out --resume, or use --resume=auto.")
+        raise CheckpointError(f"nothing to resume in '{out}': no checkpoint is there; start it with --resume=auto, or with a new --out.")
+    refuse(out, resume=resume != "no")
+    if found:
+        refuse_changes(out, job.config)
+    loop.prepare(job.method, job.given, global_bn=job.global_bn)  # a method that refuses leaves no folder behind
     prepare(out, resume=resume != "no")
     with locked(out):
-        return _execute(job, out, resume=resume != "no" and found, listeners=listeners)
+        return _execute(job, out, resume=found, listeners=listeners)
+
+
+def refuse_changes(out: Path, config: dict[str, Any]) -> None:
+    """Compare with the configuration that the folder holds, before anything in it is touched.
+
+    Raises:
+      ConfigError: a key that decides the run differs; it is named with both values.
+    """
+    try:
+        before = _flat(json.loads((out / "config.json").read_bytes()))
+    except (OSError, ValueError):
+        return  # the checkpoint's own record is compared later
+    now = _flat(json.loads(json.dumps(config)))
+    for key in sorted(before.keys() | now.keys()):
+        if key not in SAFE_ON_RESUME and before.get(key) != now.get(key):
+            raise ConfigError(
+                f"the run in '{out}' cannot be continued with another {key}: it was {before.get(key)!r}, now {now.get(key)!r}; "
+                "leave that option out, or choose a new --out."
+            )
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in table.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
 
 
 def _execute(job: Job, out: Path | None, *, resume: bool, listeners: Sequence[Listener]) -> Outcome:
     began = time.monotonic()
     events = Events(out, list(listeners))
     method, given = job.method, job.given
-    loop.prepare(method, given, global_bn=job.global_bn)
     notes = [*job.notes, *method.notes()]
     settings = loop.Settings(
         seed=job.seed,
@@ -77,14 +107,14 @@ def _execute(job: Job, out: Path | None, *, resume: bool, listeners: Sequence[Li
     try:
         with signals.watched() as stop:
             code = loop.run(method, settings, events, out, stop, resume=resume)
-    except FastkdError as e:
-        events.status("fatal", code=e.exit_code, reason=str(e))
+        summary = _summary(job, facts, notes, events, out, time.monotonic() - began)
+        if code == loop.DONE and out is not None:
+            top1 = summary["student"].get("top1")
+            last = {**job.metadata, **({"accuracy": f"{top1:.6f}"} if top1 is not None else {})}
+            models.save_weights(out / job.out_name, loop.student_tensors(method.student), last)
+    except BaseException as e:
+        events.status("fatal", code=getattr(e, "exit_code", 1), reason=str(e))
         raise
-    summary = _summary(job, facts, notes, events, out, time.monotonic() - began)
-    if code == loop.DONE and out is not None:
-        top1 = summary["student"].get("top1")
-        last = {**job.metadata, **({"accuracy": f"{top1:.6f}"} if top1 is not None else {})}
-        models.save_weights(out / job.out_name, loop.student_tensors(method.student), last)
     events.status("done" if code == loop.DONE else "preempted", code=code)
     events.write("done" if code == loop.DONE else "stopped", code=code, summary=summary)
     return Outcome(code, out, summary)

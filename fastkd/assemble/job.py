@@ -22,11 +22,6 @@ from fastkd.method import Augment, Given, Method
 from fastkd.nn import Student, Teacher, instrument
 from fastkd.rng import Rng
 
-AT_LEAST_ONE = frozenset(
-    ("epochs", "batch", "kd_batch", "kd_steps", "g_steps", "g_life", "loops", "g_loops", "gwp_loops", "n_images", "hidden", "nz")
-)
-"""Fields of methods that count something there must be one of."""
-
 
 @dataclass
 class Job:
@@ -85,7 +80,7 @@ def make_method(table: dict[str, Any]) -> Method:
     if not isinstance(name, str):
         raise ConfigError(f"method.name is {name!r}; expected one of {', '.join(methods.names())}.")
     cls = methods.method_class(name, table)
-    hints, known = typing.get_type_hints(cls), {f.name for f in dataclasses.fields(cls)}
+    hints, known = typing.get_type_hints(cls, include_extras=True), {f.name for f in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key == "name":
@@ -104,9 +99,6 @@ def make_method(table: dict[str, Any]) -> Method:
             first = e.errors()[0]
             raise ConfigError(f"method.{key} is {value!r}; {first['msg'][0].lower()}{first['msg'][1:]}.") from None
     method: Method = cls(**values)
-    for key in AT_LEAST_ONE & known:
-        if getattr(method, key) < 1:
-            raise ConfigError(f"method.{key} is {getattr(method, key)}; expected at least 1.")
     warmup = getattr(method, "warmup", 0)
     if warmup >= method.epochs:
         raise ConfigError(
@@ -135,7 +127,12 @@ def label_embeddings(config: RunConfig, names: list[str] | None, classes: int, d
 def make_job(config: RunConfig, *, fake: bool = False) -> Job:
     """Everything a run needs, made and checked; nothing is written."""
     ops.use(config.ops.backend)
-    device = torch.device("cpu") if fake else resolve_device(config.device)
+    try:
+        device = resolve_device(config.device)
+    except PlaceError:  # what a run on another machine would do can be asked here
+        if not fake:
+            raise
+    device = torch.device("cpu") if fake else device
     if config.teacher.spec is None and config.teacher.weights is None:
         raise ConfigError("no teacher is named; expected --teacher SPEC --teacher-weights FILE, or no options at all for the embedded one.")
     teacher = load_network(config.teacher, config.data)
@@ -144,6 +141,10 @@ def make_job(config: RunConfig, *, fake: bool = False) -> Job:
     if test is not None:
         notes += test.notes
         seen = len(test.class_names) if test.class_names else int(test.labels.max()) + 1
+        if teacher.class_names and test.class_names and teacher.class_names != test.class_names:
+            notes.append(
+                f"the class names of the teacher's weights are not those of '{config.data}'; accuracy means something only if the order is"
+            )
         if seen != teacher.classes:
             raise InputError(
                 f"the teacher has {teacher.classes} classes, '{config.data}' has {seen}; "

@@ -16,6 +16,7 @@ from fastkd import data, models
 from fastkd.config import RunConfig, TeacherConfig
 from fastkd.data.constants import CONSTANTS
 from fastkd.errors import ConfigError, InputError
+from fastkd.models.metadata import channels_of
 
 ASSETS = Path(fastkd.__file__).parent / "assets"
 EMBEDDED = "embedded:"
@@ -57,6 +58,8 @@ def weights_path(name: str) -> Path:
     for inner in ("student.safetensors", "teacher.safetensors"):
         if path.is_dir() and (path / inner).exists():
             return path / inner
+    if path.is_dir() and (path / "checkpoints").is_dir():
+        raise InputError(f"the run in '{name}' is not finished; continue it with: fastkd run --resume --out {name}")
     return path
 
 
@@ -68,11 +71,15 @@ def read_names(path: str) -> list[str]:
         )
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        names = json.loads(text) if text.lstrip().startswith("[") else [line.strip() for line in text.splitlines() if line.strip()]
+        names = json.loads(text) if text.lstrip().startswith(("[", "{")) else [line.strip() for line in text.splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
         raise InputError(
             f"the class names in '{path}' cannot be read ({type(e).__name__}); expected one name a line, or a JSON list."
         ) from None
+    if not isinstance(names, list):
+        raise InputError(
+            f"the class names in '{path}' are a JSON object; expected one name a line, or a JSON list in the order of the classes."
+        )
     return [str(n) for n in names]
 
 
@@ -103,21 +110,24 @@ def load_network(config: TeacherConfig, default_data: str | None = None, *, what
         return fallback
 
     names = known("class_names", read_names(config.class_names) if config.class_names else None)
-    classes = known("classes", config.classes, len(names) if names else said.get("classes_in_head"))
+    classes = known("classes", config.classes, said.get("classes_in_head") or (len(names) if names else None))
     if classes is None:
         raise ConfigError(f"the number of classes of '{config.weights}' is not known; expected --classes N.")
     if names is not None and len(names) != classes:
         raise InputError(f"{len(names)} class names for {classes} classes; expected one a class.")
     entry = entry_of(default_data)
     mean, std = known("mean", config.mean), known("std", config.std)
+    size = known("input_size", config.input_size, entry.size if entry else None)
     if mean is None or std is None:
         example = CONSTANTS[entry.constants if entry else "imagenet"]
         raise ConfigError(
             f"the normalisation of '{config.weights}' is not known; expected --mean and --std as the {what} was trained, "
-            f"such as --mean {','.join(map(str, example.mean))} --std {','.join(map(str, example.std))}."
+            f"such as --mean {','.join(map(str, example.mean))} --std {','.join(map(str, example.std))}"
+            + (", and --input-size PIXELS." if size is None else ".")
         )
-    channels = known("channels", config.channels, len(mean))
-    size = known("input_size", config.input_size, entry.size if entry else None)
+    if max(mean) > 1:
+        raise ConfigError(f"mean is {_short(mean)}; expected values for images in [0, 1] (divide mean and std by 255).")
+    channels = known("channels", config.channels, channels_of(weights.state) or len(mean))
     if size is None:
         raise ConfigError(f"the input size of '{config.weights}' is not known; expected --input-size PIXELS.")
     if len(mean) != channels or len(std) != channels:

@@ -31,7 +31,7 @@ def command(network: str | None, data: str | None, limit: int | None, device: st
 
     \b
       fastkd eval runs/muse-digits-001
-      fastkd eval --model resnet20 --model-weights resnet20.pt --mean 0.49,0.48,0.45 --std 0.25,0.24,0.26 --data cifar10
+      fastkd eval --model resnet20 --model-weights resnet20.pt --mean 0.49,0.48,0.45 --std 0.25,0.24,0.26 --data cifar10:DIR
     """
     from fastkd.config import TeacherConfig
 

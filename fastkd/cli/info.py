@@ -179,12 +179,13 @@ def read_json(path: Path) -> Any:
 
 def show_run(found: dict[str, Any]) -> None:
     from fastkd.cli import summary
+    from fastkd.engine.folder import owner_lives
 
     status, lock = found["status"] or {}, found["lock"] or {}
     rows: list[tuple[str, object]] = [("folder", found["folder"])]
     rows += [(k, v) for k, v in status.items() if k != "time" and not isinstance(v, dict | list)]
     if lock:
-        rows.append(("owned by", f"process {lock.get('pid')} on {lock.get('host')}"))
+        rows.append(("owned by", f"process {lock.get('pid')} on {lock.get('host')}{'' if owner_lives(lock) else ', which is dead'}"))
     rows += [("set aside", name) for name in found["set_aside"]]
     summary.print_facts(rows)
     summary.print_table(

@@ -68,7 +68,7 @@ def command(
     With no options the embedded digits teacher is distilled by MUSE. Your own teacher:
 
     \b
-      fastkd run --teacher resnet56 --teacher-weights teacher.safetensors --student resnet20 --data cifar10
+      fastkd run --teacher resnet56 --teacher-weights teacher.safetensors --student resnet20 --data cifar10:DIR
 
     Exit code 75: stopped with a checkpoint, run it again with --resume.
     """

@@ -84,7 +84,8 @@ def show(summary: dict[str, Any], out: Path | None, code: int, following: str | 
     print_table(("", "network", ">parameters", ">top-1", ""), networks(summary))
     rows = facts(summary, out)
     if code == 0 and (following or out is not None):
-        rows.append(("next", following or f"fastkd eval {out}"))
+        measured = summary.get("data") not in (None, "none")
+        rows.append(("next", following or f"fastkd eval {out}" + ("" if measured else " --data SPEC")))
     print_facts(rows)
 
 

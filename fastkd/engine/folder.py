@@ -28,17 +28,25 @@ def why(e: OSError) -> str:
     )
 
 
-def prepare(out: Path, *, resume: bool) -> None:
-    """Make the folder and prove, by a file that is written and fsynced, that it can hold a run.
+def refuse(out: Path, *, resume: bool) -> None:
+    """Refuse a place that cannot be a run's folder, touching nothing.
 
     Raises:
-      ConfigError: it holds something and `resume` is not asked for.
-      PlaceError: it cannot be written.
+      ConfigError: it holds something and `resume` is not asked for. PlaceError: it is a file.
     """
     if out.exists() and not out.is_dir():
         raise PlaceError(f"--out '{out}' is a file; expected a folder, new or empty.")
     if not resume and out.is_dir() and any(out.iterdir()):
-        raise ConfigError(f"--out '{out}' is not empty; choose a new folder, or continue the run in it with --resume.")
+        raise ConfigError(f"--out '{out}' is not empty; choose a new folder, or continue the run in it with --resume=auto.")
+
+
+def prepare(out: Path, *, resume: bool) -> None:
+    """Make the folder and prove, by a file that is written and fsynced, that it can hold a run.
+
+    Raises:
+      ConfigError: see `refuse`. PlaceError: it cannot be written.
+    """
+    refuse(out, resume=resume)
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / ".probe", b"x" * 4096)
@@ -57,6 +65,14 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def owner_lives(lock: dict[str, Any]) -> bool:
+    """Whether the process that a lock names may still run: on another host that is not known, so it may."""
+    try:
+        return bool(lock["host"] != socket.gethostname() or _alive(int(lock["pid"])))
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Own the folder for the duration; the lock of a dead process on this host is taken over.
@@ -72,12 +88,13 @@ def locked(out: Path) -> Iterator[None]:
         except FileExistsError:
             try:
                 owner: dict[str, Any] = json.loads(path.read_text())
-                held = owner["host"] != me["host"] or _alive(int(owner["pid"]))
-            except (ValueError, KeyError, TypeError, OSError):
-                owner, held = {"pid": "?", "host": "?"}, False
+                held = owner_lives(owner)
+            except (ValueError, OSError):
+                owner, held = {}, False
             if held or attempt:
                 raise ConfigError(
-                    f"'{out}' is in use by process {owner['pid']} on {owner['host']}; wait for it, or remove '{path}' if that run is dead."
+                    f"'{out}' is in use by process {owner.get('pid')} on {owner.get('host')}; "
+                    f"wait for it, or remove '{path}' if that run is dead."
                 ) from None
             path.unlink(missing_ok=True)
     with os.fdopen(fd, "w") as f:

@@ -251,7 +251,7 @@ class _Saver:
                 reason = why(e) if isinstance(e, OSError) else str(e)
                 checkpoint.prune(self.out / "checkpoints", 1)
         self.failed += 1
-        self.events.write("warning", text=f"checkpoint at step {done} could not be written: {reason}; the one before is intact")
+        self.events.write("warning", text=f"checkpoint at step {done} could not be written: {reason}; what was saved before is intact")
         if self.failed == 3:
             raise CheckpointError(
                 f"three checkpoints in a row could not be written to '{self.out}' ({reason}); "

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastkd import losses
 from fastkd.memory import Best, Store
 from fastkd.memory.store import Quant
+from fastkd.method import Share, Weight
 from fastkd.methods._student import StudentPhase
 from fastkd.nn import BnEma, Trace
 from fastkd.ops import bn_match_loss
@@ -33,13 +34,13 @@ class Call:
 class PoolMethod(StudentPhase):
     """Inversion into an append-only pool of 8-bit images, then distillation on it (substrate 3, 5, 6)."""
 
-    oh: float = 0.5
+    oh: Weight = 0.5
     """weight of the one-hot loss CE(t, y)"""
-    bn: float = 10.0
+    bn: Weight = 10.0
     """weight of the BN-statistics loss"""
-    adv: float = 1.33
+    adv: Weight = 1.33
     """weight of the adversarial loss"""
-    bn_mmt: float = 0.9
+    bn_mmt: Share = 0.9
     """momentum of the BN statistics over calls; 0: plain loss"""
     pool_select: Literal["best", "last"] = "best"
     """which iterate of a call is stored"""

@@ -5,44 +5,46 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fastkd import losses
 from fastkd.memory import Rows, Store
-from fastkd.method import Augmentation, Method, Phase, Step, step
+from fastkd.method import Augmentation, Count, Method, Phase, Rate, Share, Step, Weight, step
 
 
 @dataclass
 class StudentPhase(Method):
     """Distils the student on the rows of `stores()`. `build` of a subclass makes them and calls `build_student`."""
 
-    epochs: int = 220
+    epochs: Count = 220
     """all epochs, warm-up included"""
-    warmup: int = 20
+    warmup: Annotated[int, Field(ge=0)] = 20
     """first epochs, in which only images are made"""
-    batch: int = 256
+    batch: Count = 256
     """images of a synthesis batch, over all ranks"""
     aug: Augmentation = "crop_flip"
     """augmentation between generator and networks"""
-    kd_batch: int = 256
+    kd_batch: Count = 256
     """images of a student step, over all ranks"""
-    kd_steps: int = 400
+    kd_steps: Count = 400
     """student steps an epoch"""
     kd_aug: Augmentation = "crop_flip"
     """augmentation of a student step"""
-    kd_scale: float = 0.08
+    kd_scale: Annotated[float, Field(gt=0, le=1)] = 0.08
     """smallest share of the area that a resized crop keeps in a student step"""
-    tau: float = 20.0
+    tau: Rate = 20.0
     """temperature"""
-    lr: float = 0.2
+    lr: Rate = 0.2
     """student learning rate; cosine to eta_min over the epochs after warm-up"""
-    momentum: float = 0.9
+    momentum: Share = 0.9
     """student SGD momentum"""
-    weight_decay: float = 1e-4
+    weight_decay: Weight = 1e-4
     """student SGD weight decay"""
-    eta_min: float = 2e-4
+    eta_min: Weight = 2e-4
     """final student learning rate"""
 
     def build_student(self) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from fastkd.memory import Store
-from fastkd.method import Step, step
+from fastkd.method import Count, Rate, Step, Weight, step
 from fastkd.methods._pool import PoolMethod
 from fastkd.nn import copy_
 
@@ -26,29 +27,29 @@ class Fast(PoolMethod):
 
     generator_name: Literal["g_fast", "g_deep"] = "g_fast"
     """g_deep: a latent map on an H/16 grid, for 224 px"""
-    nz: int = 256
+    nz: Count = 256
     """latent size"""
-    g_steps: int = 5
+    g_steps: Count = 5
     """inner steps a call"""
-    loops: int = 1
+    loops: Count = 1
     """synthesis calls an epoch"""
-    lr_g: float = 3e-3
+    lr_g: Rate = 3e-3
     """inner learning rate of the generator"""
-    lr_z: float = 0.01
+    lr_z: Rate = 0.01
     """inner learning rate of the latents"""
     meta: Literal["fomaml", "reptile", "none"] = "fomaml"
     """update rule of the meta-generator; none: the generator is used on sequentially"""
-    lr_meta: float | None = None
+    lr_meta: Weight | None = None
     """meta learning rate; none: lr_g · g_steps"""
     meta_grad_reduce: Literal["sum", "mean"] = "sum"
     """how FOMAML combines the gradients of the inner steps"""
-    reptile: float = 67.0
+    reptile: Rate = 67.0
     """factor of theta - theta' (ImageNet: 1)"""
     meta_latent: bool = False
     """latents start from a meta-learned z0 (ImageNet); Adam of theta and z0"""
-    lr_z_meta: float = 5e-3
+    lr_z_meta: Rate = 5e-3
     """meta learning rate of z0"""
-    redraw_every: int = 0
+    redraw_every: Annotated[int, Field(ge=0)] = 0
     """calls after which z0 is drawn anew and the meta optimiser is fresh (ImageNet: 50); 0: never"""
     reset_l0_at: int | None = -1
     """1-based call at which the first layer and BN are re-initialised once; none: never; -1: the first call of the 120th epoch after

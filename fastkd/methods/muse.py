@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastkd import losses
 from fastkd.errors import ConfigError
 from fastkd.memory import Rows
-from fastkd.method import step
+from fastkd.method import Rate, Weight, step
 from fastkd.methods._pool import Call
 from fastkd.methods.nayer import Nayer
 from fastkd.nn import Trace
@@ -34,7 +34,7 @@ class Muse(Nayer):
     """shared: one convolution stack for all resolutions"""
     budget: Literal["pixels", "images"] = "pixels"
     """what equals the host's schedule: one 224-px image is four of 112 px"""
-    a_cam: float = 1.0
+    a_cam: Weight = 1.0
     """weight of the CAM term"""
     cam_layer: Literal["last", "pre_last_stage"] = "last"
     """the map before pooling, or before the last stride (a backward through the tail)"""
@@ -46,19 +46,19 @@ class Muse(Nayer):
     """gradient through minimum and maximum"""
     cam_compare: Literal["cam", "image"] = "cam"
     """at the map's resolution, or bilinearly at the image's"""
-    cam_sigma: float = 0.25
+    cam_sigma: Rate = 0.25
     """width of the Gaussian target in map heights"""
     cam_at: Literal["all", "below"] = "all"
     """all resolutions, or only those below the nominal one"""
-    a_ed: float = 5.0
+    a_ed: Weight = 5.0
     """weight of the embedding term of the student"""
-    r: float = 0.015
+    r: Weight = 0.015
     """hinge radius of the embedding term, for tables of mean norm 10"""
-    a_aed: float = 1.0
+    a_aed: Weight = 1.0
     """weight of the adversarial embedding term of the generator"""
     aed_mask: Literal["agree", "none"] = "agree"
     """only images on which student and teacher agree, or all"""
-    aed_cap: float | None = None
+    aed_cap: Rate | None = None
     """upper bound of a distance in the adversarial term"""
     ed_space: Literal["table", "l2", "standardised"] = "table"
     """label embeddings as given, of unit length, or standardised over classes"""
@@ -70,7 +70,7 @@ class Muse(Nayer):
     """what a pool's share of the student steps follows"""
     aug_synth: Literal["auto", "crop_flip", "resized_crop", "none"] = "auto"
     """auto: crop_flip up to 64 px, resized_crop above"""
-    bn_low: float = 1.0
+    bn_low: Weight = 1.0
     """factor of the BN term below the nominal resolution"""
 
     def check(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkd.errors import ConfigError
 from fastkd.memory import Store
-from fastkd.method import Step, step
+from fastkd.method import Count, Rate, Step, step
 from fastkd.methods._pool import PoolMethod
 from fastkd.rng import derive
 
@@ -22,20 +22,20 @@ class Nayer(PoolMethod):
 
     needs: ClassVar[frozenset[str]] = frozenset({"bn", "embeddings"})
 
-    epochs: int = 120
-    batch: int = 400
-    kd_batch: int = 512
-    g_steps: int = 30
+    epochs: Count = 120
+    batch: Count = 400
+    kd_batch: Count = 512
+    g_steps: Count = 30
     """generator steps a loop"""
-    g_loops: int = 2
+    g_loops: Count = 2
     """loops an epoch after warm-up"""
-    gwp_loops: int = 10
+    gwp_loops: Count = 10
     """loops an epoch during warm-up"""
-    g_life: int = 10
+    g_life: Count = 10
     """epochs after which the generator is re-created"""
-    lr_g: float = 4e-3
+    lr_g: Rate = 4e-3
     """generator learning rate; a fresh Adam every loop"""
-    hidden: int = 1000
+    hidden: Count = 1000
     """outputs of a noisy linear layer"""
 
     def check(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkd.memory import Rows, Store
-from fastkd.method import Step
+from fastkd.method import Count, Step
 from fastkd.methods._student import StudentPhase
 
 
@@ -19,11 +19,11 @@ class Noise(StudentPhase):
     """All fields but `kind` and `n_images` are those of the run it is compared with; there is no warm-up."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    epochs: int = 200
+    epochs: Count = 200
     warmup: int = 0
     kind: Literal["gaussian", "uniform"] = "gaussian"
     """gaussian: N(0, 1) in the teacher's normalised space; uniform: U[0, 1], augmented like the compared run's images"""
-    n_images: int = 50_000
+    n_images: Count = 50_000
     """the compared run's pool at its end"""
 
     @property
