@@ -86,17 +86,20 @@ CamParams cam(uintptr_t features, uintptr_t weight, uintptr_t labels, uintptr_t 
 }
 
 void cam_fwd(uintptr_t features, uintptr_t weight, uintptr_t labels, uintptr_t map, int64_t batch, int64_t channels, int64_t hw,
-             int64_t classes, int dtype, int layout, int threads) {
+             int64_t classes, int dtype, int layout, int threads, bool cuda, uintptr_t) {
+  if (cuda) no_cuda();
   if (batch) chosen->cam_fwd(cam(features, weight, labels, map, batch, channels, hw, classes, dtype, layout), threads);
 }
 
 void cam_bwd(uintptr_t features, uintptr_t weight, uintptr_t labels, uintptr_t map, int64_t batch, int64_t channels, int64_t hw,
-             int64_t classes, int dtype, int layout, int threads) {
+             int64_t classes, int dtype, int layout, int threads, bool cuda, uintptr_t) {
+  if (cuda) no_cuda();
   if (batch) chosen->cam_bwd(cam(features, weight, labels, map, batch, channels, hw, classes, dtype, layout), threads);
 }
 
 void cam_finish(uintptr_t map, uintptr_t rows, uintptr_t out, int64_t batch, int64_t h, int64_t w, int64_t height, int64_t width_,
-                int dtype, bool relu, int norm, int threads) {
+                int dtype, bool relu, int norm, int threads, bool cuda, uintptr_t) {
+  if (cuda) no_cuda();
   if (batch * h * w * height * width_ == 0) return;
   const size_t a = dtype == kFloat64 ? 8 : 4;
   chosen->cam_finish({batch, h, w, height, width_, dtype, relu, norm, at("map", map, a), at("rows", rows, a), at("out", out, a, false)},

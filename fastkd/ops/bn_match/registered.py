@@ -22,7 +22,9 @@ def _kernels(op: str, x: Tensor) -> ModuleType | None:
         from . import triton
 
         return triton
-    return _native
+    from . import native
+
+    return native
 
 
 def _sums_like(x: Tensor) -> Tensor:

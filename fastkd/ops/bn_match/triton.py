@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _native
+from .native import pieces
 
 _ACT = {"none": 0, "relu": 1, "relu6": 2, "leaky_relu": 3}
 
@@ -153,7 +154,7 @@ def bn_fwd(
     shift = shift.float().contiguous()
     scale, bias = (v.float().contiguous() for v in frozen) if frozen else (shift, shift)
     residual = None if residual is None else _native.dense(residual, x)
-    groups, per = _native.pieces(n, c, hw, int(last), True)
+    groups, per = pieces(n, c, hw, int(last), True)
     partial = torch.empty((groups, 2, c), dtype=torch.float32, device=x.device)
     tensors = (x, x if residual is None else residual, scale, bias, shift, x if y is None else y, partial)  # unused ones stand in
     flags = {"ACT": _ACT[act], "HAS_Y": y is not None, "HAS_R": residual is not None}

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from .. import _native
 from .._library import choose, define
+from . import native
 from .reference import EPS, finish_map, raw_map_ref
 
 
 def _fwd(features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     if choose("class_activation_map", features) == "reference":
         return raw_map_ref(features, weight, labels).contiguous()
-    return _native.cam(features, weight, labels, None)
+    return native.cam(features, weight, labels, None)
 
 
 def _bwd(grad: Tensor, features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -24,7 +25,7 @@ def _bwd(grad: Tensor, features: Tensor, weight: Tensor, labels: Tensor) -> Tens
         wide = torch.promote_types(features.dtype, torch.float32)
         out = weight[labels].to(wide)[:, :, None, None] * grad[:, None].to(wide)
         return _native.dense(out.to(features.dtype), features)
-    return _native.cam(features, weight, labels, grad)
+    return native.cam(features, weight, labels, grad)
 
 
 def _map_like(features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ define(
 def _finish(raw: Tensor, relu: bool, norm: str, size: list[int]) -> Tensor:
     if choose("class_activation_map", raw) == "reference":
         return finish_map(raw, relu, norm, False, (size[0], size[1]) if size else None, False).clone()
-    return _native.cam_finish(raw, relu, norm, size)
+    return native.cam_finish(raw, relu, norm, size)
 
 
 def _finish_save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

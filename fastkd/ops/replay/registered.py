@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _native
 from .._library import choose, define
+from . import native
 from .reference import replay_gather_ref, shades, tiny
 
 
@@ -23,14 +24,14 @@ def _gather(
     std: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    if choose("replay_gather", images) == "reference" or dtype not in _native._DTYPE:
+    if choose("replay_gather", images) == "reference" or dtype not in _native.DTYPE:
         return replay_gather_ref(images, index, dy, dx, flip, pad, mean, std, dtype)
     if images.dtype == torch.uint8:
         lut = shades(images, mean, std, dtype)
-        return _native.replay_gather(images, index, dy, dx, flip, pad, lut, None, None, dtype)
+        return native.replay_gather(images, index, dy, dx, flip, pad, lut, None, None, dtype)
     wide = torch.promote_types(dtype, torch.float32)
     mean, std = tiny(mean, wide, 0.0, images), tiny(std, wide, 1.0, images)
-    return _native.replay_gather(images, index, dy, dx, flip, pad, None, mean, std, dtype)
+    return native.replay_gather(images, index, dy, dx, flip, pad, None, mean, std, dtype)
 
 
 def _like(
