@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,15 +24,27 @@ class CannotRun(Exception):
 
 @dataclass
 class Plan:
-    """What is asked of a run. `wrong`: (op, provider) → what the gate found."""
+    """What is asked of a run.
+
+    Attributes:
+      threads: torch thread counts of a CPU run; every case is measured under each. wrong: (op, provider) → what the gate found.
+      deadline: `time.monotonic()` after which no further case begins. progress: is given the rows of each case as it ends.
+    """
 
     device: torch.device
     quick: bool = False
     swap: bool = False
     compile: bool = True
     graphs: bool = True
+    threads: tuple[int, ...] = ()
     copy_gbps: float | None = None
     wrong: dict[tuple[str, str], str] = field(default_factory=dict)
+    deadline: float | None = None
+    progress: Callable[[list[dict[str, Any]]], None] | None = None
+
+    @property
+    def late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
 
     @property
     def cuda(self) -> bool:
@@ -44,7 +57,12 @@ class Plan:
 
 @dataclass
 class Provider:
-    """One way to compute a case. `kind`: eager, compile, ours or peer. Without a `call`, `reason` says why."""
+    """One way to compute a case. `kind`: eager, compile, ours or peer. Without a `call`, `reason` says why.
+
+    Attributes:
+      rung: in a ladder, what earns the gain over the rung before it: the rungs are the providers that have one, in their order.
+      labels: columns in which this provider differs from its case. tolerance: instead of the case's.
+    """
 
     name: str
     kind: str
@@ -52,6 +70,9 @@ class Provider:
     reason: str = ""
     backend: str = "auto"
     checked: bool = True
+    rung: str = ""
+    labels: dict[str, str] = field(default_factory=dict)
+    tolerance: float | None = None
 
 
 @dataclass
@@ -61,7 +82,8 @@ class Case:
     Attributes:
       op: name in the op table. labels: columns that name the case. truth: outputs of the definition in fp64.
       tolerance: see `check.verdict`. bytes, flops: least traffic and work of one call, for the rate columns.
-      baseline: provider that "x eager" divides by.
+      baseline: provider that "x eager" divides by. compared: what of the outputs is compared with the truth; None: all.
+      threads: instead of the plan's.
     """
 
     op: str
@@ -72,19 +94,21 @@ class Case:
     tolerance: float | None = None
     bytes: int | None = None
     flops: int | None = None
+    compared: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None
+    threads: tuple[int, ...] | None = None
 
     def title(self) -> str:
         return " ".join(self.labels.values())
 
 
-def provider(name: str, kind: str, make: Callable[[], Call], *, backend: str = "auto", checked: bool = True) -> Provider:
-    """A provider, or the row that says why it cannot be made."""
+def provider(name: str, kind: str, make: Callable[[], Call], **more: Any) -> Provider:
+    """A provider, or the row that says why it cannot be made. `more`: further fields of `Provider`."""
     try:
-        return Provider(name, kind, make(), backend=backend, checked=checked)
+        return Provider(name, kind, make(), **more)
     except CannotRun as why:
-        return Provider(name, kind, reason=str(why), backend=backend)
+        return Provider(name, kind, reason=str(why), **more)
     except Exception as error:
-        return Provider(name, kind, reason=check.one_line(error), backend=backend)
+        return Provider(name, kind, reason=check.one_line(error), **more)
 
 
 def compiled(plan: Plan, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,7 +124,7 @@ def backends(op: str, plan: Plan) -> list[tuple[str, str, str]]:
             out = []
             for b in sorted(reasons, key=lambda b: b != "reference"):
                 reason = "" if reasons[b] == "ok" else reasons[b]
-                if b == "triton" and not plan.cuda and _registry.interpreting():
+                if b == "triton" and not plan.cuda and not plan.quick and _registry.interpreting():
                     reason = "interpreted on the CPU: for tests, not for times"
                 out.append((f"ours: {b}" if b != "reference" else "definition", "auto" if b == "fold" else b, reason))
             return out

@@ -1,14 +1,15 @@
 """Timers: providers interleaved round by round, medians with p20 and p80, CUDA events on a GPU.
 
-Warm-up comes first; between rounds nothing else runs. On a CPU each provider is called once untimed before its timed calls of a
-round (its own caches: "warm"); on a GPU a buffer larger than the L2 cache is overwritten before each call ("flushed").
+Warm-up comes first; between rounds nothing else runs. On a CPU each provider whose call is short is called once untimed before its
+timed calls of a round (its own caches: "warm"); on a GPU a buffer larger than the L2 cache is overwritten before each call ("flushed").
 """
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ class _Clock:
     def __call__(self, call: Call, inner: int) -> float:
         """Milliseconds a call."""
         if self.flush is None:
-            call()
+            if inner > 1:  # a call that fills a round alone also turns its caches over alone
+                call()
             begin = time.perf_counter()
             for _ in range(inner):
                 call()
@@ -80,14 +82,56 @@ def copy_rate(plan: Plan) -> float:
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
+def measure_all(cases: Iterable[Case], plan: Plan) -> list[dict[str, Any]]:
+    """The rows of all cases. Past the plan's deadline no further case begins, and the last row says so."""
+    rows: list[dict[str, Any]] = []
+    for case in cases:
+        if plan.late:
+            rows.append({"op": case.op, **case.labels, "provider": "this case and those after it", "reason": "no time was left"})
+        else:
+            rows += measure(case, plan)
+        if plan.progress is not None:
+            plan.progress(rows)
+        if plan.late:
+            break
+    return rows
+
+
 def measure(case: Case, plan: Plan) -> list[dict[str, Any]]:
-    """Check, warm up and time the providers of a case: one row each."""
+    """Check, warm up and time the providers of a case under each thread count: one row each."""
+    truth, failed = check.attempt(case.truth, "reference")
+    counts = () if plan.cuda else plan.threads if case.threads is None else case.threads
+    if not counts:
+        return _measure(case, plan, truth, failed, {})
+    rows = []
+    for count in counts:
+        with threads(count):
+            rows += _measure(case, plan, truth, failed, {"threads": count})
+    return rows
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """`count` threads for torch, for our kernels and for what is compiled meanwhile."""
+    from torch._inductor import config as inductor
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        with inductor.patch({"cpp.threads": count}):  # also in the key of its cache: generated code names a thread count
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(case: Case, plan: Plan, truth: Sequence[Tensor] | None, failed: str, common: dict[str, Any]) -> list[dict[str, Any]]:
     if plan.compile:
         torch._dynamo.reset()
-    truth, failed = check.attempt(case.truth, "reference")
     rows, running, clock = [], [], _Clock(plan)
     for p in reversed(case.providers) if plan.swap else case.providers:
-        row: dict[str, Any] = {"op": case.op, **case.labels, "provider": p.name, "kind": p.kind, "backend": p.backend, "ok": None}
+        row: dict[str, Any] = {"op": case.op, **case.labels, **p.labels, **common, "provider": p.name}
+        row |= {"rung": p.rung} if p.rung else {}
+        row |= {"kind": p.kind, "backend": p.backend, "ok": None}
         rows.append(row)
         found, reason = (None, p.reason) if p.call is None else check.attempt(p.call, p.backend)
         if found is None or p.call is None:
@@ -98,17 +142,16 @@ def measure(case: Case, plan: Plan) -> list[dict[str, Any]]:
         elif truth is None:
             row["ok"], row["check"] = False, f"the definition did not run: {failed}"
         else:
-            row["ok"], row["check"] = check.verdict(found, truth, case.tolerance)
+            row["ok"], row["check"] = check.of_provider(case, p, found, truth)
         if p.kind == "ours" and row["ok"] is not False and (case.op, p.name) in plan.wrong:
             row["ok"], row["check"] = False, plan.wrong[case.op, p.name]
         del found
         running.append((p, row, _warm(p.call, plan)))
-    del truth
     times: list[list[float]] = [[] for _ in running]
     least, most, limit = (3, 3, 1.0) if plan.quick else (5, 50 if plan.cuda else 15, 60.0)
     begin = time.perf_counter()
     for done in range(most):
-        if done >= least and time.perf_counter() - begin > limit:
+        if done >= least and (time.perf_counter() - begin > limit or plan.late):
             break
         for own, (p, _, inner) in zip(times, running):
             assert p.call is not None
@@ -122,7 +165,7 @@ def measure(case: Case, plan: Plan) -> list[dict[str, Any]]:
         if plan.cuda:
             row |= _on_gpu(p, plan, clock)
     ops.use("auto")
-    _ratios(case, rows)
+    ratios(case.baseline, rows if not plan.swap else rows[::-1])
     return rows
 
 
@@ -166,17 +209,19 @@ def _on_gpu(p: Provider, plan: Plan, clock: _Clock) -> dict[str, Any]:
     return out
 
 
-def _ratios(case: Case, rows: list[dict[str, Any]]) -> None:
-    """Speed-ups, only between rows that are right."""
+def ratios(baseline: str, rows: list[dict[str, Any]]) -> None:
+    """Speed-ups, only between rows that are right: over the baseline, over the fastest compiled form of the same dtype, and of a
+    rung over the nearest one before it that has a time."""
     fine = [r for r in rows if "ms" in r and r["ok"]]
-    eager = next((r["ms"] for r in fine if r["provider"] == case.baseline), None)
-    best = min((r["ms"] for r in fine if r["kind"] == "compile"), default=None)
+    eager = next((r["ms"] for r in fine if r["provider"] == baseline), None)
+    below = None
     for r in fine:
+        best = min((c["ms"] for c in fine if c["kind"] == "compile" and c.get("dtype") == r.get("dtype")), default=None)
         if eager:
             r["x_eager"] = round(eager / r["ms"], 3)
         if best:
             r["x_compile"] = round(best / r["ms"], 3)
-
-
-def measure_all(cases: Iterable[Case], plan: Plan) -> list[dict[str, Any]]:
-    return [row for case in cases for row in measure(case, plan)]
+        if "rung" in r:
+            if below:
+                r["x_rung"] = round(below / r["ms"], 3)
+            below = r["ms"]

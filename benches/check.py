@@ -45,6 +45,13 @@ def verdict(found: Sequence[Tensor], truth: Sequence[Tensor], tolerance: float |
     return True, "equal bits" if tolerance == 0 else f"off by at most {worst:.1e}"
 
 
+def of_provider(case: Any, provider: Any, found: Sequence[Tensor], truth: Sequence[Tensor]) -> tuple[bool, str]:
+    """`verdict` on what a case compares, by the tolerance of the provider or else of the case."""
+    if case.compared is not None:
+        found, truth = case.compared(found), case.compared(truth)
+    return verdict(found, truth, case.tolerance if provider.tolerance is None else provider.tolerance)
+
+
 def attempt(call: Callable[[], Sequence[Tensor]], backend: str) -> tuple[Sequence[Tensor] | None, str]:
     """Outputs of one call under a backend, or the reason why there are none. Convolutions round as fp32: TF32 is for the clock."""
     try:
@@ -90,7 +97,7 @@ def gate(cases: Iterable[Any]) -> list[dict[str, Any]]:
                 # A backend that the op table promised and that raises is wrong, one that the table refuses is absent.
                 ok, said = (None if provider.call is None or "cannot run" in reason else False), reason
             else:
-                ok, said = verdict(found, truth, case.tolerance)
+                ok, said = of_provider(case, provider, found, truth)
             rows.append({**row, "ok": ok, "said": said})
     ops.use("auto")
     return rows
