@@ -2,8 +2,10 @@
 #   make demo     distil the embedded teacher, and measure the floor (noise) with the same budget
 #   make test     the default tests           make lint     style, types, import order
 #   make slow     long tests                  make faults   kill, full disk, damaged files
-#   make gpu OUT=DIR     on a machine with a GPU: tests, then benches, JSON into DIR
-#                        GPU_PYTHON=python3: with that interpreter and the torch it has; nothing is downloaded
+#   make bench OUT=DIR   the benches beside other libraries, JSON into DIR (runs/bench)
+#   make gpu OUT=DIR     on a machine with a GPU, in nine minutes: build, tests, benches; JSON into DIR (benches/results/DEVICE)
+#                        GPU_PYTHON=python3: that interpreter and the torch it has; WHEELS=DIR: what it lacks; nothing is downloaded
+#                        DRY=1: the same stages on the CPU, kernels interpreted, toy sizes
 #   make clean    remove what the targets made, but not runs/
 # ARGS="…" is handed on to the demo, to pytest, or to the benches.
 
@@ -20,14 +22,17 @@ PACKAGES := $(VENV)/.packages
 # Python files are used where they stand; what is compiled, and which files there are, makes a new (quick) installation necessary.
 FILES := $(shell find fastkd benches -name '*.py' 2>/dev/null | LC_ALL=C sort | cksum | cut -d' ' -f1)
 INSTALLED := $(VENV)/.installed-$(FILES)
+PEERS := $(VENV)/.peers
 GPU_PYTHON ?=
-OUT ?= benches/results/gpu
+OUT ?=
+WHEELS ?=
+DRY ?=
 ARGS ?=
 
-.PHONY: help demo test lint slow faults gpu clean install
+.PHONY: help demo test lint slow faults bench peers gpu clean install
 
 help:
-	@sed -n '2,9s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
+	@sed -n '2,11s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
 install: $(INSTALLED)
 
@@ -62,22 +67,19 @@ lint: $(INSTALLED)
 	$(PY) -m mypy fastkd
 	$(VENV)/bin/lint-imports
 
-ifeq ($(strip $(GPU_PYTHON)),)
-GPU_PY := $(PY)
-gpu: $(INSTALLED)
-else
-GPU_PY := $(GPU_PYTHON)
-gpu: gpu-install
-.PHONY: gpu-install
-gpu-install:
-	$(GPU_PY) -m pip install --quiet --no-index --no-deps --no-build-isolation -e .
-endif
-gpu:
-	@$(GPU_PY) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else f"no GPU that torch {torch.__version__} can use: make gpu has nothing to measure here")'
-	mkdir -p $(OUT)
-	$(GPU_PY) -m fastkd info | tee $(OUT)/info.txt
-	$(GPU_PY) -m pytest -q -m gpu
-	$(GPU_PY) -m benches --out $(OUT) $(ARGS)
+peers: $(PEERS)
+
+# Other libraries that the benches stand beside: 90 MB, most of it OpenCV and matplotlib, which grad-cam imports.
+$(PEERS): $(PACKAGES)
+	$(PIP) $$($(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])')
+	@touch $@
+
+bench: $(INSTALLED) $(PEERS)
+	$(PY) -m benches --out $(or $(OUT),runs/bench) $(ARGS)
+
+GPU_PY := $(or $(GPU_PYTHON),$(PY))
+gpu: $(if $(GPU_PYTHON),,$(INSTALLED))
+	$(GPU_PY) -m benches.gpu $(if $(OUT),--out $(OUT)) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(DRY),--dry) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks

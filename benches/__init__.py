@@ -1,1 +1,7 @@
-"""Benches: `python -m benches --out DIR [--only NAME] [--quick] [--swap]`, installed as `fastkd.benches`. See `__main__`."""
+"""Benches: `fastkd bench`, or `python -m benches --out DIR [--only NAME] [--quick] [--swap]`. Installed as `fastkd.benches`.
+
+`suite` runs them, `targets` says what they are held to, `verdicts` compares, `render` writes docs/performance.md, `gpu` is `make gpu`.
+"""
+
+BENCHES = ("bn_match", "upsample", "generator", "replay", "cam", "step")
+"""The benches in the order in which they run: where time is short, the most telling come first."""

@@ -72,7 +72,7 @@ class Provider:
     checked: bool = True
     rung: str = ""
     labels: dict[str, str] = field(default_factory=dict)
-    tolerance: float | None = None
+    tolerance: float | Sequence[float] | None = None
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Case:
       op: name in the op table. labels: columns that name the case. truth: outputs of the definition in fp64.
       tolerance: see `check.verdict`. bytes, flops: least traffic and work of one call, for the rate columns.
       baseline: provider that "x eager" divides by. compared: what of the outputs is compared with the truth; None: all.
-      threads: instead of the plan's.
+      threads: instead of the plan's. seconds: what the rounds may take, once the least number of them is done.
     """
 
     op: str
@@ -91,11 +91,12 @@ class Case:
     providers: list[Provider]
     truth: Call
     baseline: str
-    tolerance: float | None = None
+    tolerance: float | Sequence[float] | None = None
     bytes: int | None = None
     flops: int | None = None
     compared: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None
     threads: tuple[int, ...] | None = None
+    seconds: float = 60.0
 
     def title(self) -> str:
         return " ".join(self.labels.values())

@@ -148,7 +148,7 @@ def _measure(case: Case, plan: Plan, truth: Sequence[Tensor] | None, failed: str
         del found
         running.append((p, row, _warm(p.call, plan)))
     times: list[list[float]] = [[] for _ in running]
-    least, most, limit = (3, 3, 1.0) if plan.quick else (5, 50 if plan.cuda else 15, 60.0)
+    least, most, limit = (3, 3, 1.0) if plan.quick else (5, 50 if plan.cuda else 15, case.seconds)
     begin = time.perf_counter()
     for done in range(most):
         if done >= least and (time.perf_counter() - begin > limit or plan.late):

@@ -1,11 +1,12 @@
 """Every registered method on the embedded digits teacher: milliseconds a step by kind, and where an epoch's time goes.
 
 The steps are the engine's: `assemble.make_job` makes the run, `method.steps` walks it, with the engine's draws and precision.
-Epoch 0 is warm-up; then the backends take turns, an epoch each.
+Epoch 0 is warm-up; then the backends take turns, an epoch each. On a CPU with the largest of the plan's thread counts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 import time
@@ -21,7 +22,7 @@ from fastkd.method import Method, steps
 
 from . import check
 from ._case import Plan
-from ._timing import spread
+from ._timing import spread, threads
 
 SMALL: dict[str, Any] = {
     **{"batch": 20, "kd_batch": 16, "kd_steps": 6, "g_steps": 4, "g_loops": 1, "gwp_loops": 1, "loops": 1, "hidden": 32, "nz": 32},
@@ -32,8 +33,11 @@ SMALL: dict[str, Any] = {
 
 def run(plan: Plan) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for name in methods.names():
-        rows += bench(name, plan)
+    with threads(max(plan.threads)) if plan.threads else contextlib.nullcontext():
+        for name in methods.names():
+            rows += [{"method": name, "provider": "every one", "reason": "no time was left"}] if plan.late else bench(name, plan)
+            if plan.progress is not None:
+                plan.progress(rows)
     return rows
 
 
@@ -156,7 +160,9 @@ class Walker:
 
     def rows(self) -> list[dict[str, Any]]:
         total = sum(sum(t) for t in self.times.values())
-        common = {"method": self.name, "provider": label(self.backend), "precision": self.job.precision, "epochs": len(self.walls)}
+        common: dict[str, Any] = {"method": self.name, "provider": label(self.backend)}
+        common |= {} if self.cuda else {"threads": torch.get_num_threads()}
+        common |= {"precision": self.job.precision, "epochs": len(self.walls)}
         wall = statistics.median(self.walls) if self.walls else 0.0
         out = []
         for step, times in self.times.items():

@@ -15,12 +15,12 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 3e-2, to
 """Relative L2 error that is allowed. Loose on purpose for gradients behind a ReLU, whose mask flips where rounding crosses the kink."""
 
 
-def verdict(found: Sequence[Tensor], truth: Sequence[Tensor], tolerance: float | None = None) -> tuple[bool, str]:
+def verdict(found: Sequence[Tensor], truth: Sequence[Tensor], tolerance: float | Sequence[float] | None = None) -> tuple[bool, str]:
     """Whether outputs equal the fp64 definition's.
 
     Args:
       found: outputs and gradients of a provider. truth: the same of the definition, fp64.
-      tolerance: relative L2 error allowed for each; 0 asks for equal bits after rounding; None: by dtype (`TOLERANCE`).
+      tolerance: relative L2 error allowed for all, or for each; 0 asks for equal bits after rounding; None: by dtype (`TOLERANCE`).
     Returns:
       (right, sentence with the worst error).
     """
@@ -39,7 +39,7 @@ def verdict(found: Sequence[Tensor], truth: Sequence[Tensor], tolerance: float |
             continue
         error = float((a.double() - t.double()).norm() / t.double().norm().clamp_min(1e-300))
         worst = max(worst, error)
-        limit = TOLERANCE[a.dtype] if tolerance is None else tolerance
+        limit = TOLERANCE[a.dtype] if tolerance is None else tolerance[i] if isinstance(tolerance, Sequence) else tolerance
         if not error <= limit:
             return False, f"output {i} is off by {error:.1e} (relative L2), allowed {limit:.0e}"
     return True, "equal bits" if tolerance == 0 else f"off by at most {worst:.1e}"

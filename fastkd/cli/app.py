@@ -21,6 +21,7 @@ COMMANDS = {
     "methods": "fastkd.cli.methods",
     "models": "fastkd.cli.models",
     "info": "fastkd.cli.info",
+    "bench": "fastkd.cli.bench",
     "completion": "fastkd.cli.completion",
 }
 
