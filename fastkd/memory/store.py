@@ -122,7 +122,8 @@ class Store:
 
     def next(self, batch: int) -> Rows:
         """This rank's rows of the next `batch` of the dealt order (no host read; past its end the order begins again)."""
-        at = self.cursor + torch.arange(ranks.rank(), batch, ranks.world(), device=self.order.device)
+        own = ranks.rows(batch)
+        at = self.cursor + torch.arange(own.start, own.stop, own.step, device=self.order.device)
         index = self.order[at % self.order.numel()]
         self.cursor += batch
         return Rows(self, index)
