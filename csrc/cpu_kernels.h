@@ -4,6 +4,7 @@
 #include "bn_match.h"
 #include "cam.h"
 #include "replay.h"
+#include "replay_tree.h"
 
 #define FASTKD_JOIN2(a, b) a##_##b
 #define FASTKD_JOIN(a, b) FASTKD_JOIN2(a, b)
@@ -19,6 +20,10 @@ struct CpuKernels {
   void (*cam_bwd)(const CamParams&, int threads);
   void (*cam_finish)(const CamFinishParams&, int threads);
   void (*replay_gather)(const GatherParams&, int threads);
+  void (*philox_uniform)(const UniformParams&, int threads);
+  void (*replay_sums)(const TreeParams&, int threads);
+  void (*replay_sample)(const TreeSampleParams&, int threads);
+  void (*replay_update)(const TreeUpdateParams&, int threads);
 };
 
 #define FASTKD_DECLARE(isa)                               \
@@ -27,8 +32,13 @@ struct CpuKernels {
   void cam_fwd_##isa(const CamParams&, int threads);      \
   void cam_bwd_##isa(const CamParams&, int threads);      \
   void cam_finish_##isa(const CamFinishParams&, int threads); \
-  void replay_gather_##isa(const GatherParams&, int threads);
-#define FASTKD_TABLE(isa) {#isa, bn_fwd_##isa, bn_bwd_##isa, cam_fwd_##isa, cam_bwd_##isa, cam_finish_##isa, replay_gather_##isa}
+  void replay_gather_##isa(const GatherParams&, int threads); \
+  void philox_uniform_##isa(const UniformParams&, int threads); \
+  void replay_sums_##isa(const TreeParams&, int threads); \
+  void replay_sample_##isa(const TreeSampleParams&, int threads); \
+  void replay_update_##isa(const TreeUpdateParams&, int threads);
+#define FASTKD_TABLE(isa) {#isa, bn_fwd_##isa, bn_bwd_##isa, cam_fwd_##isa, cam_bwd_##isa, cam_finish_##isa, replay_gather_##isa, \
+                           philox_uniform_##isa, replay_sums_##isa, replay_sample_##isa, replay_update_##isa}
 
 FASTKD_DECLARE(generic)
 FASTKD_DECLARE(avx2)

@@ -107,21 +107,76 @@ void cam_finish(uintptr_t map, uintptr_t rows, uintptr_t out, int64_t batch, int
 }
 
 void replay_gather(uintptr_t images, uintptr_t index, uintptr_t dy, uintptr_t dx, uintptr_t flip, uintptr_t lut, uintptr_t mean,
-                   uintptr_t std_, uintptr_t out, const std::vector<int64_t>& sizes, int in_dtype, int out_dtype, int threads,
-                   bool cuda, uintptr_t stream) {
-  const auto [batch, stored, height, width_, channels, pad] =
-      std::tuple(sizes.at(0), sizes.at(1), sizes.at(2), sizes.at(3), sizes.at(4), sizes.at(5));
-  if (batch * height * width_ * channels == 0) return;
+                   uintptr_t std_, uintptr_t y, uintptr_t x, uintptr_t wy, uintptr_t wx, uintptr_t out, const std::vector<int64_t>& sizes,
+                   int in_dtype, int out_dtype, bool blended, bool last, int threads, bool cuda, uintptr_t stream) {
+  const auto n = [&](size_t i) { return sizes.at(i); };  // batch, stored, height, width, channels, stride, out_height, out_width, pad
+  if (n(0) * n(2) * n(3) * n(4) * n(6) * n(7) == 0) return;
   const size_t o = width(out_dtype), a = out_dtype == kFloat64 ? 8 : 4;
-  const bool table = in_dtype == kUInt8;
-  const auto* rows = static_cast<const int64_t*>(at("index", index, 8));
-  const GatherParams p{batch, stored, height, width_, channels, pad, in_dtype, out_dtype, at("images", images, width(in_dtype)), rows,
-                       static_cast<const int64_t*>(at("dy", dy, 8, false)), static_cast<const int64_t*>(at("dx", dx, 8, false)),
-                       static_cast<const uint8_t*>(at("flip", flip, 1, false)), at("lut", lut, o, table), at("mean", mean, a, !table),
-                       at("std", std_, a, !table), at("out", out, o)};
+  const bool bytes = in_dtype == kUInt8, table = bytes && !blended;
+  const auto whole = [](const char* name, uintptr_t address, bool needed = false) {
+    return static_cast<const int64_t*>(at(name, address, 8, needed));
+  };
+  const GatherParams p{n(0), n(1), n(2), n(3), n(4), n(5), n(6), n(7), n(8), in_dtype, out_dtype, blended, last,
+                       at("images", images, width(in_dtype)), whole("index", index, true), whole("dy", dy), whole("dx", dx),
+                       static_cast<const uint8_t*>(at("flip", flip, 1, false)), at("lut", lut, table ? o : a, bytes),
+                       at("mean", mean, a, !table), at("std", std_, a, !table), whole("y", y, blended), whole("x", x, y != 0),
+                       at("wy", wy, a, blended), at("wx", wx, a, blended), at("out", out, o)};
   if (!cuda) return chosen->replay_gather(p, threads);
 #ifdef FASTKD_WITH_CUDA
   replay_gather_cuda(p, reinterpret_cast<void*>(stream));
+#else
+  (void)stream, no_cuda();
+#endif
+}
+
+void philox_uniform(uintptr_t key, uintptr_t out, int64_t n, int threads, bool cuda, uintptr_t stream) {
+  if (n == 0) return;
+  const UniformParams p{n, static_cast<const int64_t*>(at("key", key, 8)), static_cast<double*>(at("out", out, 8))};
+  if (!cuda) return chosen->philox_uniform(p, threads);
+#ifdef FASTKD_WITH_CUDA
+  philox_uniform_cuda(p, reinterpret_cast<void*>(stream));
+#else
+  (void)stream, no_cuda();
+#endif
+}
+
+TreeParams tree(uintptr_t leaves, uintptr_t sums, int64_t n, int dtype) {
+  return {n, dtype, at("leaves", leaves, width(dtype)), static_cast<double*>(at("sums", sums, 8))};
+}
+
+void replay_sums(uintptr_t leaves, uintptr_t sums, int64_t n, int dtype, int threads, bool cuda, uintptr_t stream) {
+  const TreeParams p = tree(leaves, sums, n, dtype);
+  if (!cuda) return chosen->replay_sums(p, threads);
+#ifdef FASTKD_WITH_CUDA
+  replay_sums_cuda(p, reinterpret_cast<void*>(stream));
+#else
+  (void)stream, no_cuda();
+#endif
+}
+
+void replay_sample(uintptr_t leaves, uintptr_t sums, uintptr_t u, uintptr_t key, uintptr_t index, uintptr_t probability, uintptr_t least,
+                   int64_t n, int64_t draws, int dtype, int threads, bool cuda, uintptr_t stream) {
+  const size_t e = width(dtype);
+  const TreeSampleParams p{tree(leaves, sums, n, dtype), draws, static_cast<const double*>(at("u", u, 8, draws && !key)),
+                           static_cast<const int64_t*>(at("key", key, 8, draws && !u)), static_cast<int64_t*>(at("index", index, 8, draws)),
+                           at("probability", probability, e, draws), at("least", least, e)};
+  if (!cuda) return chosen->replay_sample(p, threads);
+#ifdef FASTKD_WITH_CUDA
+  replay_sample_cuda(p, reinterpret_cast<void*>(stream));
+#else
+  (void)stream, no_cuda();
+#endif
+}
+
+void replay_update(uintptr_t leaves, uintptr_t sums, uintptr_t index, uintptr_t value, uintptr_t order, uintptr_t refused, int64_t n,
+                   int64_t entries, int dtype, int duplicates, int threads, bool cuda, uintptr_t stream) {
+  if (entries == 0) return;
+  const TreeUpdateParams p{tree(leaves, sums, n, dtype), entries, static_cast<const int64_t*>(at("index", index, 8)),
+                           at("value", value, width(dtype)), static_cast<const int64_t*>(at("order", order, 8, !cuda && duplicates != kLastWins)),
+                           static_cast<int64_t*>(at("refused", refused, 8)), duplicates};
+  if (!cuda) return chosen->replay_update(p, threads);
+#ifdef FASTKD_WITH_CUDA
+  replay_update_cuda(p, reinterpret_cast<void*>(stream));
 #else
   (void)stream, no_cuda();
 #endif
@@ -147,6 +202,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cam_bwd", &cam_bwd, unlocked);
   m.def("cam_finish", &cam_finish, unlocked);
   m.def("replay_gather", &replay_gather, unlocked);
+  m.def("philox_uniform", &philox_uniform, unlocked);
+  m.def("replay_sums", &replay_sums, unlocked);
+  m.def("replay_sample", &replay_sample, unlocked);
+  m.def("replay_update", &replay_update, unlocked);
   m.def("build_info", &build_info, "What was built, with which compiler, and the instruction set in use.");
   m.def("isas", [] {
     std::vector<std::string> names;

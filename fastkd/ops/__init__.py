@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .bn_match import bn_match_loss, bn_stats, bn_sums, frozen_bn_act_stats, moments
     from .cam import class_activation_map
     from .replay import replay_gather
+    from .replay_tree import philox_uniform, replay_sample, replay_sums, replay_update
     from .upsample import upsample_conv2d
 
 _FAMILY = {
@@ -28,6 +29,10 @@ _FAMILY = {
     "frozen_bn_act_stats": "bn_match",
     "class_activation_map": "cam",
     "replay_gather": "replay",
+    "philox_uniform": "replay_tree",
+    "replay_sums": "replay_tree",
+    "replay_sample": "replay_tree",
+    "replay_update": "replay_tree",
     "upsample_conv2d": "upsample",
 }
 
@@ -40,7 +45,11 @@ __all__ = [
     "class_activation_map",
     "frozen_bn_act_stats",
     "moments",
+    "philox_uniform",
     "replay_gather",
+    "replay_sample",
+    "replay_sums",
+    "replay_update",
     "table",
     "upsample_conv2d",
     "use",

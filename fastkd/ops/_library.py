@@ -43,7 +43,8 @@ def define(
     """Register `fastkd::<schema>`.
 
     Args:
-      schema:   name, arguments and results in torch's schema language; results are fresh tensors.
+      schema:   name, arguments and results in torch's schema language; results are fresh tensors. An op that writes an argument
+                ("Tensor(a!) x") cannot have a gradient formula in torch: its public function refuses what requires one.
       run:      the implementation, for CPU and CUDA tensors.
       fake:     the same for shapes and strides only.
       backward: (ctx, *gradients) -> gradient per argument; without it, asking for a gradient through the op raises.
@@ -54,6 +55,8 @@ def define(
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, key)
     torch.library.register_fake(f"fastkd::{name}", fake, lib=_LIBRARY)
+    if "!" in schema:
+        return
     torch.library.register_autograd(
         f"fastkd::{name}", backward or _refuse(name.removesuffix("_bwd")), setup_context=save, lib=_LIBRARY
     )

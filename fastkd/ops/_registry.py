@@ -35,15 +35,21 @@ _BN = Op(
     {"cpu": ("cpp",), "cuda": ("cuda", "triton")},
     {"cpp": _FLOATS, "cuda": _DEVICE_FLOATS, "triton": ("float32", "bfloat16", "float16")},
 )
+_TREE_FLOATS = ("float32", "float64")
+_TREE = Op({"cpu": ("cpp",), "cuda": ("cuda", "triton")}, {"cpp": _TREE_FLOATS, "cuda": _TREE_FLOATS, "triton": _TREE_FLOATS})
 OPS: dict[str, Op] = {
     "bn_sums": _BN,
     "frozen_bn_act_stats": _BN,
     "bn_match_loss": Op(),
     "class_activation_map": Op({"cpu": ("cpp",)}, {"cpp": _FLOATS}),
     "replay_gather": Op(
-        {"cpu": ("cpp",), "cuda": ("cuda",)},
-        {"cpp": ("uint8", "float32", "float16"), "cuda": ("uint8", "float32", "float16")},
+        {"cpu": ("cpp",), "cuda": ("cuda", "triton")},
+        dict.fromkeys(("cpp", "cuda", "triton"), ("uint8", "float32", "float16")),
     ),
+    "philox_uniform": Op({"cpu": ("cpp",), "cuda": ("cuda", "triton")}),
+    "replay_sums": _TREE,
+    "replay_sample": _TREE,
+    "replay_update": _TREE,
     "upsample_conv2d": Op({"cpu": ("fold",), "cuda": ("fold",)}),
 }
 
