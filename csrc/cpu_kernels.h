@@ -1,6 +1,7 @@
 // The CPU kernels, once per instruction set: FASTKD_ISA names the set that a source file is being compiled for, and
 // module.cpp takes the table of the best set that the processor has.
 #pragma once
+#include "bn_loss.h"
 #include "bn_match.h"
 #include "cam.h"
 #include "replay.h"
@@ -15,6 +16,8 @@ struct CpuKernels {
   const char* isa;
   void (*bn_fwd)(const BnParams&, int threads);
   void (*bn_bwd)(const BnGradParams&, int threads);
+  void (*bn_loss_fwd)(const BnLossParams&, int threads);
+  void (*bn_loss_bwd)(const BnLossParams&, int threads);
   void (*cam_fwd)(const CamParams&, int threads);
   void (*cam_bwd)(const CamParams&, int threads);
   void (*cam_finish)(const CamFinishParams&, int threads);
@@ -24,11 +27,14 @@ struct CpuKernels {
 #define FASTKD_DECLARE(isa)                               \
   void bn_fwd_##isa(const BnParams&, int threads);        \
   void bn_bwd_##isa(const BnGradParams&, int threads);    \
+  void bn_loss_fwd_##isa(const BnLossParams&, int threads); \
+  void bn_loss_bwd_##isa(const BnLossParams&, int threads); \
   void cam_fwd_##isa(const CamParams&, int threads);      \
   void cam_bwd_##isa(const CamParams&, int threads);      \
   void cam_finish_##isa(const CamFinishParams&, int threads); \
   void replay_gather_##isa(const GatherParams&, int threads);
-#define FASTKD_TABLE(isa) {#isa, bn_fwd_##isa, bn_bwd_##isa, cam_fwd_##isa, cam_bwd_##isa, cam_finish_##isa, replay_gather_##isa}
+#define FASTKD_TABLE(isa)                                                                                        \
+  {#isa, bn_fwd_##isa, bn_bwd_##isa, bn_loss_fwd_##isa, bn_loss_bwd_##isa, cam_fwd_##isa, cam_bwd_##isa, cam_finish_##isa, replay_gather_##isa}
 
 FASTKD_DECLARE(generic)
 FASTKD_DECLARE(avx2)

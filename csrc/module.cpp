@@ -88,6 +88,39 @@ void bn_bwd(uintptr_t gy, uintptr_t gsums, uintptr_t x, uintptr_t residual, uint
 #endif
 }
 
+BnLossParams bn_loss(uintptr_t stats, uintptr_t target, uintptr_t average, uintptr_t calls, uintptr_t offsets, uintptr_t grad,
+                     uintptr_t terms, uintptr_t out, int64_t c, int64_t layers, int dtype, int kind, double momentum, double first) {
+  const size_t a = dtype == kFloat64 ? 8 : 4;
+  return {c, layers, dtype, kind, momentum, first, at("stats", stats, a, c), at("target", target, a, c), at("average", average, a, false),
+          static_cast<const int64_t*>(at("calls", calls, 8, false)), static_cast<const int64_t*>(at("offsets", offsets, 8)),
+          at("grad", grad, a, false), static_cast<double*>(at("terms", terms, 8, false)), at("out", out, a, c)};
+}
+
+void bn_loss_fwd(uintptr_t stats, uintptr_t target, uintptr_t average, uintptr_t calls, uintptr_t offsets, uintptr_t terms,
+                 uintptr_t out, int64_t c, int64_t layers, int dtype, int kind, double momentum, double first, int threads, bool cuda,
+                 uintptr_t stream) {
+  const BnLossParams p = bn_loss(stats, target, average, calls, offsets, 0, terms, out, c, layers, dtype, kind, momentum, first);
+  if (!cuda) return chosen->bn_loss_fwd(p, threads);
+#ifdef FASTKD_WITH_CUDA
+  bn_loss_fwd_cuda(p, reinterpret_cast<void*>(stream));
+#else
+  (void)stream, no_cuda();
+#endif
+}
+
+void bn_loss_bwd(uintptr_t stats, uintptr_t target, uintptr_t average, uintptr_t calls, uintptr_t offsets, uintptr_t grad,
+                 uintptr_t out, int64_t c, int64_t layers, int dtype, int kind, double momentum, double first, int threads, bool cuda,
+                 uintptr_t stream) {
+  if (c * layers == 0) return;
+  const BnLossParams p = bn_loss(stats, target, average, calls, offsets, grad, 0, out, c, layers, dtype, kind, momentum, first);
+  if (!cuda) return chosen->bn_loss_bwd(p, threads);
+#ifdef FASTKD_WITH_CUDA
+  bn_loss_bwd_cuda(p, reinterpret_cast<void*>(stream));
+#else
+  (void)stream, no_cuda();
+#endif
+}
+
 CamParams cam(uintptr_t features, uintptr_t weight, uintptr_t labels, uintptr_t map, int64_t batch, int64_t channels, int64_t hw,
               int64_t classes, int dtype, int layout) {
   const size_t a = dtype == kFloat64 ? 8 : 4;
@@ -154,6 +187,8 @@ PYBIND11_MODULE(_C, m) {
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   m.def("bn_fwd", &bn_fwd, unlocked);
   m.def("bn_bwd", &bn_bwd, unlocked);
+  m.def("bn_loss_fwd", &bn_loss_fwd, unlocked);
+  m.def("bn_loss_bwd", &bn_loss_bwd, unlocked);
   m.def("cam_fwd", &cam_fwd, unlocked);
   m.def("cam_bwd", &cam_bwd, unlocked);
   m.def("cam_finish", &cam_finish, unlocked);
