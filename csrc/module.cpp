@@ -10,6 +10,9 @@
 #include <vector>
 
 #include "cpu_kernels.h"
+#ifdef FASTKD_X86
+#include <cpuid.h>
+#endif
 
 namespace py = pybind11;
 using namespace fastkd;
@@ -22,12 +25,20 @@ const CpuKernels kAvx2 = FASTKD_TABLE(avx2);
 const CpuKernels kAvx512 = FASTKD_TABLE(avx512);
 #endif
 
+#ifdef FASTKD_X86
+bool has_f16c() {  // older compilers' __builtin_cpu_supports does not know the name
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1u);
+}
+#endif
+
 std::vector<const CpuKernels*> available() {
   std::vector<const CpuKernels*> found{&kGeneric};
 #ifdef FASTKD_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kAvx2);
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+  const bool half = has_f16c();
+  if (half && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kAvx2);
+  if (half && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
     found.push_back(&kAvx512);
 #endif
@@ -72,6 +83,39 @@ void bn_bwd(uintptr_t gy, uintptr_t gsums, uintptr_t x, uintptr_t residual, uint
   if (!cuda) return chosen->bn_bwd(p, threads);
 #ifdef FASTKD_WITH_CUDA
   bn_bwd_cuda(p, reinterpret_cast<void*>(stream));
+#else
+  (void)stream, no_cuda();
+#endif
+}
+
+BnLossParams bn_loss(uintptr_t stats, uintptr_t target, uintptr_t average, uintptr_t calls, uintptr_t offsets, uintptr_t grad,
+                     uintptr_t terms, uintptr_t out, int64_t c, int64_t layers, int dtype, int kind, double momentum, double first) {
+  const size_t a = dtype == kFloat64 ? 8 : 4;
+  return {c, layers, dtype, kind, momentum, first, at("stats", stats, a, c), at("target", target, a, c), at("average", average, a, false),
+          static_cast<const int64_t*>(at("calls", calls, 8, false)), static_cast<const int64_t*>(at("offsets", offsets, 8)),
+          at("grad", grad, a, false), static_cast<double*>(at("terms", terms, 8, false)), at("out", out, a, c)};
+}
+
+void bn_loss_fwd(uintptr_t stats, uintptr_t target, uintptr_t average, uintptr_t calls, uintptr_t offsets, uintptr_t terms,
+                 uintptr_t out, int64_t c, int64_t layers, int dtype, int kind, double momentum, double first, int threads, bool cuda,
+                 uintptr_t stream) {
+  const BnLossParams p = bn_loss(stats, target, average, calls, offsets, 0, terms, out, c, layers, dtype, kind, momentum, first);
+  if (!cuda) return chosen->bn_loss_fwd(p, threads);
+#ifdef FASTKD_WITH_CUDA
+  bn_loss_fwd_cuda(p, reinterpret_cast<void*>(stream));
+#else
+  (void)stream, no_cuda();
+#endif
+}
+
+void bn_loss_bwd(uintptr_t stats, uintptr_t target, uintptr_t average, uintptr_t calls, uintptr_t offsets, uintptr_t grad,
+                 uintptr_t out, int64_t c, int64_t layers, int dtype, int kind, double momentum, double first, int threads, bool cuda,
+                 uintptr_t stream) {
+  if (c * layers == 0) return;
+  const BnLossParams p = bn_loss(stats, target, average, calls, offsets, grad, 0, out, c, layers, dtype, kind, momentum, first);
+  if (!cuda) return chosen->bn_loss_bwd(p, threads);
+#ifdef FASTKD_WITH_CUDA
+  bn_loss_bwd_cuda(p, reinterpret_cast<void*>(stream));
 #else
   (void)stream, no_cuda();
 #endif
@@ -198,6 +242,8 @@ PYBIND11_MODULE(_C, m) {
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   m.def("bn_fwd", &bn_fwd, unlocked);
   m.def("bn_bwd", &bn_bwd, unlocked);
+  m.def("bn_loss_fwd", &bn_loss_fwd, unlocked);
+  m.def("bn_loss_bwd", &bn_loss_bwd, unlocked);
   m.def("cam_fwd", &cam_fwd, unlocked);
   m.def("cam_bwd", &cam_bwd, unlocked);
   m.def("cam_finish", &cam_finish, unlocked);
