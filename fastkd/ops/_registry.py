@@ -16,8 +16,7 @@ from ..errors import ConfigError, unknown
 
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 
-_FLOATS = ("float32", "float64", "bfloat16")
-_DEVICE_FLOATS = ("float32", "float64", "bfloat16", "float16")
+_FLOATS = ("float32", "float64", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,9 @@ class Op:
 
 _BN = Op(
     {"cpu": ("cpp",), "cuda": ("cuda", "triton")},
-    {"cpp": _FLOATS, "cuda": _DEVICE_FLOATS, "triton": ("float32", "bfloat16", "float16")},
+    {"cpp": _FLOATS, "cuda": _FLOATS, "triton": ("float32", "bfloat16", "float16")},
 )
+_UPSAMPLE = Op({"cpu": ("cpp",), "cuda": ("triton",)}, {"cpp": _FLOATS, "triton": ("float32", "bfloat16", "float16")})
 OPS: dict[str, Op] = {
     "bn_sums": _BN,
     "frozen_bn_act_stats": _BN,
@@ -44,7 +44,14 @@ OPS: dict[str, Op] = {
         {"cpu": ("cpp",), "cuda": ("cuda",)},
         {"cpp": ("uint8", "float32", "float16"), "cuda": ("uint8", "float32", "float16")},
     ),
+    "batch_norm_act": Op(
+        {"cpu": ("cpp",), "cuda": ("cuda", "triton")},
+        {"cpp": _FLOATS, "cuda": _FLOATS, "triton": ("float32", "bfloat16", "float16")},
+    ),
     "upsample_conv2d": Op({"cpu": ("fold",), "cuda": ("fold",)}),
+    "upsampled_stem_conv2d": Op({"cpu": ("fold",), "cuda": ("fold",)}),
+    "upsample_affine_tanh": _UPSAMPLE,
+    "upsample_affine_sigmoid": _UPSAMPLE,
 }
 
 _wanted = "auto"
