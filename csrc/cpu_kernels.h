@@ -1,11 +1,13 @@
 // The CPU kernels, once per instruction set: FASTKD_ISA names the set that a source file is being compiled for, and
 // module.cpp takes the table of the best set that the processor has.
 #pragma once
+#include "bn_act.h"
 #include "bn_loss.h"
 #include "bn_match.h"
 #include "cam.h"
 #include "replay.h"
 #include "replay_tree.h"
+#include "upsample.h"
 
 #define FASTKD_JOIN2(a, b) a##_##b
 #define FASTKD_JOIN(a, b) FASTKD_JOIN2(a, b)
@@ -15,6 +17,9 @@
 #define FASTKD_KERNELS(X, isa)            \
   X(bn_fwd, BnParams, isa)                \
   X(bn_bwd, BnGradParams, isa)            \
+  X(bn_act_fwd, BnActParams, isa)         \
+  X(bn_act_bwd_sums, BnActGradParams, isa) \
+  X(bn_act_bwd, BnActGradParams, isa)     \
   X(bn_loss_fwd, BnLossParams, isa)       \
   X(bn_loss_bwd, BnLossParams, isa)       \
   X(cam_fwd, CamParams, isa)              \
@@ -24,7 +29,9 @@
   X(philox_uniform, UniformParams, isa)   \
   X(replay_sums, TreeParams, isa)         \
   X(replay_sample, TreeSampleParams, isa) \
-  X(replay_update, TreeUpdateParams, isa)
+  X(replay_update, TreeUpdateParams, isa) \
+  X(upsample_act_fwd, UpsampleActParams, isa) \
+  X(upsample_act_bwd, UpsampleActGradParams, isa)
 
 #define FASTKD_POINTER(kernel, Params, isa) void (*kernel)(const Params&, int threads);
 #define FASTKD_FUNCTION(kernel, Params, isa) void kernel##_##isa(const Params&, int threads);

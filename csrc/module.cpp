@@ -226,6 +226,53 @@ void replay_update(uintptr_t leaves, uintptr_t sums, uintptr_t index, uintptr_t 
 #endif
 }
 
+void bn_act_fwd(uintptr_t x, uintptr_t sums, uintptr_t shift, uintptr_t weight, uintptr_t bias, uintptr_t y, uintptr_t stats,
+                const Sizes& s, int64_t count, double eps, int act, double slope, int threads, bool cuda, uintptr_t stream) {
+  if (s.n * s.c * s.hw == 0) return;
+  const size_t e = width(s.dtype), a = s.dtype == kFloat64 ? 8 : 4;
+  const BnActParams p{s, at("x", x, e), at("sums", sums, a), at("shift", shift, a), at("weight", weight, a, false),
+                      at("bias", bias, a, false), at("y", y, e), at("stats", stats, a), count, eps, act, slope};
+  if (!cuda) return chosen->bn_act_fwd(p, threads);
+#ifdef FASTKD_WITH_CUDA
+  bn_act_fwd_cuda(p, reinterpret_cast<void*>(stream));
+#else
+  (void)stream, no_cuda();
+#endif
+}
+
+// With `partial`: bn_act_bwd_sums; with `dx`: bn_act_bwd.
+void bn_act_bwd(uintptr_t gy, uintptr_t x, uintptr_t stats, uintptr_t bias, uintptr_t partial, uintptr_t gsums, uintptr_t dx,
+                const Sizes& s, int64_t count, int act, double slope, int threads, bool cuda, uintptr_t stream) {
+  if (s.n * s.c * s.hw == 0) return;
+  const size_t e = width(s.dtype), a = s.dtype == kFloat64 ? 8 : 4;
+  const BnActGradParams p{s, at("gy", gy, e), at("x", x, e), at("stats", stats, a), at("bias", bias, a, false),
+                          at("partial", partial, 8, !dx), at("gsums", gsums, a), at("dx", dx, e, !partial), count, act, slope};
+  if (!cuda) return dx ? chosen->bn_act_bwd(p, threads) : chosen->bn_act_bwd_sums(p, threads);
+#ifdef FASTKD_WITH_CUDA
+  (dx ? bn_act_bwd_cuda : bn_act_bwd_sums_cuda)(p, reinterpret_cast<void*>(stream));
+#else
+  (void)stream, no_cuda();
+#endif
+}
+
+void upsample_act_fwd(uintptr_t x, uintptr_t scale, uintptr_t bias, uintptr_t y, int64_t n, int64_t c, int64_t h, int64_t w, int dtype,
+                      int layout, int act, int threads, bool cuda, uintptr_t) {
+  if (cuda) no_cuda();
+  if (n * c * h * w == 0) return;
+  const size_t e = width(dtype), a = dtype == kFloat64 ? 8 : 4;
+  chosen->upsample_act_fwd({n, c, h, w, dtype, layout, act, at("x", x, e), at("scale", scale, a, false), at("bias", bias, a, false),
+                            at("y", y, e)}, threads);
+}
+
+void upsample_act_bwd(uintptr_t gy, uintptr_t y, uintptr_t scale, uintptr_t dx, int64_t n, int64_t c, int64_t h, int64_t w, int dtype,
+                      int layout, int act, int threads, bool cuda, uintptr_t) {
+  if (cuda) no_cuda();
+  if (n * c * h * w == 0) return;
+  const size_t e = width(dtype), a = dtype == kFloat64 ? 8 : 4;
+  chosen->upsample_act_bwd({n, c, h, w, dtype, layout, act, at("gy", gy, e), at("y", y, e), at("scale", scale, a, false),
+                            at("dx", dx, e)}, threads);
+}
+
 std::map<std::string, std::string> build_info() {
   return {{"compiler", FASTKD_COMPILER}, {"openmp", FASTKD_OPENMP}, {"isa", chosen->isa},
           {"cuda", FASTKD_CUDA_VERSION}, {"cuda_architectures", FASTKD_CUDA_ARCHITECTURES}, {"cuda_reason", FASTKD_CUDA_REASON}};
@@ -252,6 +299,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("replay_sums", &replay_sums, unlocked);
   m.def("replay_sample", &replay_sample, unlocked);
   m.def("replay_update", &replay_update, unlocked);
+  m.def("bn_act_fwd", &bn_act_fwd, unlocked);
+  m.def("bn_act_bwd", &bn_act_bwd, unlocked);
+  m.def("upsample_act_fwd", &upsample_act_fwd, unlocked);
+  m.def("upsample_act_bwd", &upsample_act_bwd, unlocked);
   m.def("build_info", &build_info, "What was built, with which compiler, and the instruction set in use.");
   m.def("isas", [] {
     std::vector<std::string> names;

@@ -36,6 +36,7 @@ _BN = Op(
 )
 _TREE_FLOATS = ("float32", "float64")
 _TREE = Op({"cpu": ("cpp",), "cuda": ("cuda", "triton")}, {"cpp": _TREE_FLOATS, "cuda": _TREE_FLOATS, "triton": _TREE_FLOATS})
+_UPSAMPLE = Op({"cpu": ("cpp",), "cuda": ("triton",)}, {"cpp": _FLOATS, "triton": ("float32", "bfloat16", "float16")})
 OPS: dict[str, Op] = {
     "bn_sums": _BN,
     "frozen_bn_act_stats": _BN,
@@ -52,7 +53,14 @@ OPS: dict[str, Op] = {
     "replay_sums": _TREE,
     "replay_sample": _TREE,
     "replay_update": _TREE,
+    "batch_norm_act": Op(
+        {"cpu": ("cpp",), "cuda": ("cuda", "triton")},
+        {"cpp": _FLOATS, "cuda": _FLOATS, "triton": ("float32", "bfloat16", "float16")},
+    ),
     "upsample_conv2d": Op({"cpu": ("fold",), "cuda": ("fold",)}),
+    "upsampled_stem_conv2d": Op({"cpu": ("fold",), "cuda": ("fold",)}),
+    "upsample_affine_tanh": _UPSAMPLE,
+    "upsample_affine_sigmoid": _UPSAMPLE,
 }
 
 _wanted = "auto"
