@@ -17,6 +17,7 @@ from fastkd.rng import Rng
 
 FIELDS: dict[str, Any] = {
     **{"epochs": 3, "warmup": 1, "batch": 12, "kd_batch": 8, "kd_steps": 3, "g_steps": 2, "g_loops": 1, "gwp_loops": 2, "g_life": 2},
+    **{"iterations": 2, "s_steps": 2, "milestones": (1,)},
     **{"hidden": 16, "nz": 8, "loops": 1, "n_images": 24, "reset_l0_at": 2, "lr": 0.05, "lr_g": 1e-3},
 }
 """Values for whichever of these fields a method has."""
@@ -31,6 +32,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("nayer", {"batch": 2}),
     ("fast", {"meta": "reptile", "reptile": 1.0, "generator_name": "g_deep", "meta_latent": True, "redraw_every": 2, "loops": 2}),
     ("fast", {"meta": "none", "pool_select": "last"}),
+    ("dafl", {"variant": "zju", "aug": "crop_flip", "generator_name": "g_large", "gen_mode_in_kd": "eval"}),
+    ("dafl", {"optimiser": "adam", "entropy_log": "e", "bn_eps": 1e-5, "a": 0.0}),
     ("noise", {"kind": "uniform"}),
 ]
 """Every method, and the switches that change its steps."""
@@ -43,7 +46,7 @@ def ident(variant: tuple[str, dict[str, Any]]) -> str:
 
 def small(name: str, over: dict[str, Any] | None = None) -> Method:
     """A method with small settings."""
-    cls = methods.method_class(name)
+    cls = methods.method_class(name, over)
     known = {f.name for f in dataclasses.fields(cls)}
     return cls(**{k: v for k, v in {**FIELDS, **(over or {})}.items() if k in known or k in (over or {})})
 

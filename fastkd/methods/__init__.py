@@ -11,6 +11,7 @@ METHODS = {
     "muse": "fastkd.methods.muse:Muse",
     "nayer": "fastkd.methods.nayer:Nayer",
     "fast": "fastkd.methods.fast:Fast",
+    "dafl": "fastkd.methods.dafl:choose",
     "noise": "fastkd.methods.noise:Noise",
 }
 
