@@ -34,6 +34,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("fast", {"meta": "none", "pool_select": "last"}),
     ("dafl", {"variant": "zju", "aug": "crop_flip", "generator_name": "g_large", "gen_mode_in_kd": "eval"}),
     ("dafl", {"optimiser": "adam", "entropy_log": "e", "bn_eps": 1e-5, "a": 0.0}),
+    ("dfq", {"variant": "original", "alpha_schedule": "linear", "cosine_in_warmup": True}),
     ("noise", {"kind": "uniform"}),
 ]
 """Every method, and the switches that change its steps."""

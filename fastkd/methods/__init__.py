@@ -12,6 +12,7 @@ METHODS = {
     "nayer": "fastkd.methods.nayer:Nayer",
     "fast": "fastkd.methods.fast:Fast",
     "dafl": "fastkd.methods.dafl:choose",
+    "dfq": "fastkd.methods.dfq:choose",
     "noise": "fastkd.methods.noise:Noise",
 }
 
