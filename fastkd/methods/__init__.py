@@ -13,6 +13,7 @@ METHODS = {
     "fast": "fastkd.methods.fast:Fast",
     "dafl": "fastkd.methods.dafl:choose",
     "dfq": "fastkd.methods.dfq:choose",
+    "dfad": "fastkd.methods.dfad:choose",
     "noise": "fastkd.methods.noise:Noise",
 }
 
