@@ -37,6 +37,9 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("dfq", {"variant": "original", "alpha_schedule": "linear", "cosine_in_warmup": True}),
     ("dfad", {"variant": "zju", "student_mode_in_g": "train"}),
     ("dfad", {"adv_form": "log_l1", "sched_step": "before", "generator_name": "g_dfad_b"}),
+    ("zskt", {"variant": "zju"}),
+    ("zskt", {"s_batch": "fresh", "kl_reduction": "batchmean", "at_form": "norms", "schedule": "steps", "g_steps": 2}),
+    ("zskt", {"s_batch": "before_g", "beta": 0.0, "student_mode_in_g": "eval", "grad_clip": 0.0}),
     ("noise", {"kind": "uniform"}),
 ]
 """Every method, and the switches that change its steps."""

@@ -14,6 +14,7 @@ METHODS = {
     "dafl": "fastkd.methods.dafl:choose",
     "dfq": "fastkd.methods.dfq:choose",
     "dfad": "fastkd.methods.dfad:choose",
+    "zskt": "fastkd.methods.zskt:choose",
     "noise": "fastkd.methods.noise:Noise",
 }
 
