@@ -40,6 +40,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("zskt", {"variant": "zju"}),
     ("zskt", {"s_batch": "fresh", "kl_reduction": "batchmean", "at_form": "norms", "schedule": "steps", "g_steps": 2}),
     ("zskt", {"s_batch": "before_g", "beta": 0.0, "student_mode_in_g": "eval", "grad_clip": 0.0}),
+    ("mad", {"conditional": True, "norm": 0.1, "mix": "full", "ema_buffers": "copy", "s_batch": "fresh"}),
+    ("mad", {"z_shared": True, "ema_update": 2, "g_steps": 2, "beta": 10.0}),
     ("noise", {"kind": "uniform"}),
 ]
 """Every method, and the switches that change its steps."""

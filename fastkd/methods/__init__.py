@@ -15,6 +15,7 @@ METHODS = {
     "dfq": "fastkd.methods.dfq:choose",
     "dfad": "fastkd.methods.dfad:choose",
     "zskt": "fastkd.methods.zskt:choose",
+    "mad": "fastkd.methods.mad:Mad",
     "noise": "fastkd.methods.noise:Noise",
 }
 
