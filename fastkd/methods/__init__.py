@@ -11,6 +11,9 @@ METHODS = {
     "muse": "fastkd.methods.muse:Muse",
     "nayer": "fastkd.methods.nayer:Nayer",
     "fast": "fastkd.methods.fast:Fast",
+    "pre": "fastkd.methods.pre:Pre",
+    "mb": "fastkd.methods.mb:Mb",
+    "lra": "fastkd.methods.lra:host",
     "noise": "fastkd.methods.noise:Noise",
 }
 
