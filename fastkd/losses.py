@@ -7,6 +7,7 @@ couples samples or stands before a clamp, hinge, log or norm goes through `ranks
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -177,3 +178,55 @@ def at(teacher: Tensor, student: Tensor) -> Tensor:
 def at_norm(teacher: Tensor, student: Tensor) -> Tensor:
     """Attention transfer as ZSKT's paper has it: mean over the batch of the length of the difference of two attentions [B, n]."""
     return torch.linalg.vector_norm(student - teacher, dim=1).mean()
+
+
+def l1(x: Tensor, y: Tensor) -> Tensor:
+    """Mean absolute difference of two tensors of one shape: pixels, features."""
+    return (_wide(x) - _wide(y)).abs().mean()
+
+
+def jsd(teacher: Tensor, student: Tensor, tau: float = 3.0, form: Literal["coded", "textbook"] = "coded") -> Tensor:
+    """Jensen-Shannon divergence of softmax(logits / tau), mean over the batch of the sum over classes (DeepInversion, Yin et al. 2020).
+
+    coded:    ½ KL(M ‖ P) + ½ KL(M ‖ Q) with M = (P + Q) / 2, then P, Q and M clamped to [.01, .99], as the released code has it: the
+              reverse of the textbook's, without a gradient to classes below 1 %.
+    textbook: ½ KL(P ‖ M) + ½ KL(Q ‖ M), nothing clamped; at most ln 2.
+
+    Args:
+      teacher, student: logits [B, C].
+    Returns:
+      [] of this rank's rows; symmetric in its arguments, gradient to both.
+    """
+    log_p, log_q = F.log_softmax(_wide(teacher) / tau, 1), F.log_softmax(_wide(student) / tau, 1)
+    if form == "textbook":
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        return 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(1).mean()
+    p, q = log_p.exp(), log_q.exp()
+    m = ((p + q) / 2).clamp(0.01, 0.99)
+    return 0.5 * (m * (2 * m.log() - p.clamp(0.01, 0.99).log() - q.clamp(0.01, 0.99).log())).sum(1).mean()
+
+
+def adv_jsd_elem(teacher: Tensor, student: Tensor, tau: float = 3.0, form: Literal["coded", "textbook"] = "coded") -> Tensor:
+    """1 - clamp(J, 0, 1), J the `jsd` of the global batch averaged over the classes too: low where the networks disagree (PRE-DFKD).
+
+    The mean over classes makes it C times weaker than `adv_compete`. As released, no gradient reaches the teacher's logits.
+
+    Args:
+      teacher, student: logits [B, C].
+    """
+    return 1 - (ranks.mean(jsd(teacher.detach(), student, tau, form)) / teacher.shape[1]).clamp(0, 1)
+
+
+def latent_prior(z: Tensor) -> Tensor:
+    """mean_d (var_d - 1)² + mean_d mean_d² of latents [B, d], mean and unbiased variance over the global batch; 0 at N(0, 1) (PRE-DFKD)."""
+    z = _wide(z)
+    n = z.shape[0] * ranks.world()
+    mean = ranks.batch_mean(z)
+    var = ranks.batch_mean((z - mean).square()) * (n / (n - 1))
+    return (var - 1).square().mean() + mean.square().mean()
+
+
+def kl_normal(mean: Tensor, logvar: Tensor) -> Tensor:
+    """mean_b -½ Σ_d (1 + logvar - mean² - exp(logvar)): KL(N(mean, exp logvar) ‖ N(0, 1)) of a variational encoder's [B, d]."""
+    mean, logvar = _wide(mean), _wide(logvar)
+    return -0.5 * (1 + logvar - mean.square() - logvar.exp()).sum(1).mean()

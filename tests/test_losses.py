@@ -199,3 +199,70 @@ def test_attention_of_a_dead_map_stays_finite():
     x = torch.zeros(2, 3, 2, 2, requires_grad=True)
     value = losses.at_norm(losses.attention(torch.zeros(2, 1, 2, 2)), losses.attention(x))
     assert value == 0 and torch.autograd.grad(value, x)[0].isfinite().all()
+
+
+def coded_jsd(t, s, tau):
+    p, q = softmax(t, tau), softmax(s, tau)
+    m = np.clip((p + q) / 2, 0.01, 0.99)
+    p, q = np.clip(p, 0.01, 0.99), np.clip(q, 0.01, 0.99)
+    return 0.5 * (m * (np.log(m) - np.log(p))).mean() + 0.5 * (m * (np.log(m) - np.log(q))).mean()
+
+
+def textbook_jsd(t, s, tau):
+    p, q = softmax(t, tau), softmax(s, tau)
+    m = (p + q) / 2
+    return 0.5 * (p * (np.log(p) - np.log(m))).mean() + 0.5 * (q * (np.log(q) - np.log(m))).mean()
+
+
+@pytest.mark.parametrize("tau", [1.0, 3.0])
+@pytest.mark.parametrize("form, expected", [("coded", coded_jsd), ("textbook", textbook_jsd)])
+def test_adv_jsd_elem(logits, tau, form, expected):
+    t, s = (torch.tensor(x) for x in logits)
+    value = losses.adv_jsd_elem(t, s, tau, form)
+    assert value.item() == pytest.approx(1 - min(max(expected(*logits, tau), 0), 1), rel=1e-12)
+    torch.testing.assert_close(value, losses.adv_jsd_elem(s, t, tau, form))
+    assert losses.adv_jsd_elem(t, t + 1, tau, form).item() == pytest.approx(1)
+    assert abs(coded_jsd(*logits, tau) - textbook_jsd(*logits, tau)) > 1e-3  # the two forms differ
+
+
+def test_adv_jsd_elem_has_no_gradient_for_the_teacher_and_none_below_one_percent():
+    t = torch.tensor([[8.0, 0.0, -8.0], [1.0, 0.5, 0.0]], requires_grad=True)
+    q = torch.tensor([[0.7, 0.295, 0.005], [0.3, 0.3, 0.4]])
+    s = q.log().requires_grad_()  # probabilities q at tau 1
+    value = losses.adv_jsd_elem(t, s, 1.0)
+    assert 0 <= value <= 1 and torch.autograd.grad(value, t, allow_unused=True, retain_graph=True)[0] is None
+    (g,) = torch.autograd.grad(value, s)
+    # d/ds_c = q_c (a_c - Σ_k q_k a_k) with a = dL/dq: solve for a, known up to a constant, and compare with finite differences in q.
+    p = softmax(t.detach().numpy())
+
+    def by_probability(q):
+        m = np.clip((p + q) / 2, 0.01, 0.99)
+        return 1 - 0.5 * (m * (2 * np.log(m) - np.log(np.clip(p, 0.01, 0.99)) - np.log(np.clip(q, 0.01, 0.99)))).mean()
+
+    a = np.zeros((2, 3))
+    for i, c in np.ndindex(2, 3):
+        d = np.zeros((2, 3))
+        d[i, c] = 1e-6
+        a[i, c] = (by_probability(q.numpy() + d) - by_probability(q.numpy() - d)) / 2e-6
+    assert a[0, 2] == 0 and np.abs(a[1]).min() > 1e-4  # clamped in Q and M: no gradient at all
+    expected = q.numpy() * (a - (q.numpy() * a).sum(1, keepdims=True))
+    np.testing.assert_allclose(g.numpy(), expected, atol=1e-8)
+
+
+def test_latent_prior():
+    z = np.random.default_rng(0).normal(size=(6, 4)) * 2 + 0.5
+    expected = ((z.var(0, ddof=1) - 1) ** 2).mean() + (z.mean(0) ** 2).mean()
+    assert losses.latent_prior(torch.tensor(z)).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_kl_normal():
+    rng = np.random.default_rng(0)
+    mean, logvar = rng.normal(size=(5, 3)), rng.normal(size=(5, 3))
+    expected = (-0.5 * (1 + logvar - mean**2 - np.exp(logvar))).sum(1).mean()
+    assert losses.kl_normal(torch.tensor(mean), torch.tensor(logvar)).item() == pytest.approx(expected, rel=1e-12)
+    assert losses.kl_normal(torch.zeros(2, 3), torch.zeros(2, 3)) == 0
+
+
+def test_l1(logits):
+    x, y = logits
+    assert losses.l1(torch.tensor(x), torch.tensor(y)).item() == pytest.approx(np.abs(x - y).mean())

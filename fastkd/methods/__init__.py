@@ -16,6 +16,9 @@ METHODS = {
     "dfad": "fastkd.methods.dfad:choose",
     "zskt": "fastkd.methods.zskt:choose",
     "mad": "fastkd.methods.mad:Mad",
+    "pre": "fastkd.methods.pre:Pre",
+    "mb": "fastkd.methods.mb:Mb",
+    "lra": "fastkd.methods.lra:host",
     "noise": "fastkd.methods.noise:Noise",
 }
 
