@@ -1,13 +1,21 @@
 """Frozen BN + ReLU with the statistics of its input and their distance to the teacher's, forward and backward.
 
-Per layer, and for a whole teacher: ratios of single layers against torch.compile mislead (with the input as a graph input the
-compiler stores a ReLU mask that it does not store inside a network), so the whole teacher is the row to quote.
+- All BN layers of a network as one row, without its convolutions, one loss over all of them. Not against torch.compile: with the input
+  of a layer as a graph input the compiler stores a ReLU mask that it does not store inside a network, which flatters us.
+- Whole teachers, against hooks and against the compiled network with statistics in both forms that a user may write.
+- A ladder from the published way to ours: each gain beside the rung that earned it (`x_rung`: times faster than the rung above).
+- The same work with one thread and with two.
+
+`x_best_eager` compares with the hooks in whichever layout they are faster: in channels_last they copy into another order.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,28 +30,69 @@ from ._case import Call, Case, Plan, Provider, compiled, ours, provider
 from ._timing import measure_all
 
 OP = "frozen_bn_act_stats"
-LAYERS = {
-    "resnet20": [(256, 16, 32, 32), (256, 32, 16, 16), (256, 64, 8, 8)],
-    "resnet34": [(64, 64, 32, 32), (64, 128, 16, 16), (64, 512, 4, 4)],
-}
-TINY = {"resnet20": [(8, 16, 8, 8)], "resnet34": [(4, 64, 4, 4)]}
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 WEIGHT = 10.0
 """Gradient of the loss: its weight in the published objectives."""
 
 
+@dataclass(frozen=True)
+class Work:
+    """A network on images of `size` × `size`; `batch` on a CPU and on a GPU."""
+
+    net: str
+    size: int
+    cpu: int
+    gpu: int
+
+    def batch(self, plan: Plan) -> int:
+        return 4 if plan.quick else self.gpu if plan.cuda else self.cpu
+
+
+GROUPS = (Work("resnet20", 32, 256, 256), Work("cifar_resnet34", 32, 64, 64), Work("resnet50", 112, 16, 64), Work("resnet50", 224, 8, 64))
+TEACHERS = (Work("resnet20", 32, 256, 256), Work("cifar_resnet34", 32, 32, 256))
+TINY = (Work("resnet20", 8, 4, 4),)
+THREADS = (1, 2)
+
+
 def run(plan: Plan) -> list[dict[str, Any]]:
-    return measure_all(cases(plan), plan)
+    rows = measure_all(cases(plan), plan)
+    steps = measure_all((ladder(plan, work) for work in teachers(plan)), plan)
+    return best_eager(rows) + rungs(steps[::-1] if plan.swap else steps)
+
+
+def teachers(plan: Plan) -> tuple[Work, ...]:
+    return TINY if plan.quick else TEACHERS
 
 
 def cases(plan: Plan) -> Iterator[Case]:
-    for dtype in plan.dtypes:
-        for net, shapes in (TINY if plan.quick else LAYERS).items():
-            for shape in shapes:
-                for layout in LAYOUTS:
-                    yield layer(plan, net, shape, layout, dtype)
+    for work in TINY if plan.quick else GROUPS:
+        for dtype in plan.dtypes:
+            for layout in LAYOUTS:
+                yield layers(plan, work, layout, dtype)
+    for work in teachers(plan):
         for layout in LAYOUTS:
-            yield teacher(plan, layout, dtype)
+            yield teacher(plan, work, layout, torch.float32)
+        yield teacher(plan, work, "channels_last", torch.bfloat16)
+    if not plan.cuda:
+        yield threads(plan, teachers(plan)[0])
+
+
+def best_eager(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Adds the ratio to the hooks in their better layout, of the same case and dtype."""
+    fine = [r for r in rows if r.get("ok") and "ms" in r]
+    for row in fine:
+        alike = [r["ms"] for r in fine if r["kind"] == "eager" and (r["case"], r["dtype"]) == (row["case"], row["dtype"])]
+        if alike and row["kind"] != "eager":
+            row["x_best_eager"] = round(min(alike) / row["ms"], 3)
+    return rows
+
+
+def rungs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Adds the ratio to the rung above."""
+    for above, row in itertools.pairwise(rows):
+        if above.get("ok") and row.get("ok") and above["case"] == row["case"]:
+            row["x_rung"] = round(above["ms"] / row["ms"], 3)
+    return rows
 
 
 def stat_distance(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
@@ -53,135 +102,258 @@ def stat_distance(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     return (x.mean((0, 2, 3)) - mean).norm() + (rows.var(1, unbiased=False) - var).norm()
 
 
-# One layer ------------------------------------------------------------------------------------------------------------
+def var_mean_distance(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    """The same distance as somebody would write it for a compiler."""
+    v, m = torch.var_mean(x.to(wide(x.dtype)), (0, 2, 3), unbiased=False)
+    return (m - mean).norm() + (v - var).norm()
 
 
-def layer(plan: Plan, net: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> Case:
-    draw, c = torch.Generator().manual_seed(3), shape[1]
+# All BN layers of a network -------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Layer:
+    """A shape that `count` BN layers of a network have: their input, the gradient of their output, and their constants."""
+
+    x: Tensor
+    gy: Tensor
+    count: int
+    mean: Tensor
+    var: Tensor
+    gamma: Tensor
+    beta: Tensor
+
+    def __post_init__(self) -> None:
+        self.scale = self.gamma / (self.var + 1e-5).sqrt()
+        self.bias = self.beta - self.scale * self.mean
+        self.target = torch.stack([self.mean, self.var])
+
+    def leaf(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.x.detach().to(dtype or self.x.dtype).requires_grad_()
+
+
+def shapes(work: Work) -> Counter[tuple[int, ...]]:
+    """(C, H, W) of the BN inputs, with how many layers have each."""
+    seen: list[tuple[int, ...]] = []
+    net = models.build(work.net, classes=10, channels=3, input_size=work.size).eval()
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.register_forward_pre_hook(lambda m, inputs: seen.append(tuple(inputs[0].shape[1:])))
+    with torch.no_grad():
+        net(torch.zeros(1, 3, work.size, work.size))
+    return Counter(seen)
+
+
+def layers(plan: Plan, work: Work, layout: str, dtype: torch.dtype) -> Case:
+    draw, batch = torch.Generator().manual_seed(3), work.batch(plan)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=draw)
 
-    mean, var = normal(c), normal(c).square() + 0.5  # running statistics, and inputs near them
-    gamma, beta = 1 + 0.2 * normal(c), 0.2 * normal(c)
-    x = normal(*shape) * var.sqrt().view(1, -1, 1, 1) * 1.1 + mean.view(1, -1, 1, 1) + 0.1
-    scale = gamma / (var + 1e-5).sqrt()
-    bias = beta - scale * mean
-    vectors = [v.to(plan.device) for v in (scale, bias, mean, var, gamma, beta)]
-    x = x.to(plan.device, dtype).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
-    gy = normal(*shape).to(plan.device, dtype).contiguous(memory_format=LAYOUTS[layout])
-    count, offsets = x.numel() // c, (0, c)
-    scale, bias, mean, var, gamma, beta = vectors
-    target = torch.stack([mean, var])
+    def made(shape: tuple[int, ...], count: int) -> Layer:
+        c = shape[0]
+        mean, var = normal(c), normal(c).square() + 0.5  # running statistics, and inputs near them
+        x = normal(batch, *shape) * var.sqrt().view(-1, 1, 1) * 1.1 + mean.view(-1, 1, 1) + 0.1
+        maps = [t.to(plan.device, dtype).contiguous(memory_format=LAYOUTS[layout]) for t in (x, normal(batch, *shape))]
+        return Layer(*maps, count, *(v.to(plan.device) for v in (mean, var, 1 + 0.2 * normal(c), 0.2 * normal(c))))
 
-    def published(x: Tensor) -> tuple[Tensor, Tensor]:
-        return F.relu(F.batch_norm(x, mean, var, gamma, beta, False, 0.0, 1e-5)), stat_distance(x, mean, var)
+    group = [made(shape, count) for shape, count in shapes(work).items()]
+    every = [layer for layer in group for _ in range(layer.count)]
+    offsets = [0]
+    for layer in every:
+        offsets.append(offsets[-1] + len(layer.mean))
+    counts = torch.cat([torch.full_like(v.mean, v.x.numel() // len(v.mean)) for v in every])
+    target = torch.cat([v.target for v in every], 1)
 
-    def definition(x: Tensor) -> tuple[Tensor, Tensor]:
-        exact = x.dtype == torch.float64
-        s, b, m, t = (v.double() if exact else v for v in (scale, bias, mean, target))
-        y, sums = frozen_bn_act_stats_ref(x, s, b, m, None, "relu", 0.0)
-        return y, bn_match_loss_ref(moments_ref(sums, count, m), t, offsets, 1.0, "l2")
+    def published(leaves: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        ys, terms = [], []
+        for v, x in zip(every, leaves):
+            ys.append(F.relu(F.batch_norm(x, v.mean, v.var, v.gamma, v.beta, False, 0.0, 1e-5)))
+            terms.append(stat_distance(x, v.mean, v.var))
+        return ys, torch.stack(terms).sum()
 
-    def public(x: Tensor) -> tuple[Tensor, Tensor]:
-        y, sums = ops.frozen_bn_act_stats(x, scale, bias, mean, act="relu")
-        return y, ops.bn_match_loss(ops.moments(sums, count, mean), target, offsets)
+    def public(leaves: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        outs = [ops.frozen_bn_act_stats(x, v.scale, v.bias, v.mean, act="relu") for v, x in zip(every, leaves)]
+        stats = ops.moments(torch.cat([sums for _, sums in outs], 1), counts, target[0])
+        return [y for y, _ in outs], ops.bn_match_loss(stats, target, tuple(offsets))
 
-    def both(fn: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor = x, gy: Tensor = gy) -> Call:
-        return lambda: with_gradient(fn(x), x, gy)
+    def call(fn: Callable[[list[Tensor]], tuple[list[Tensor], Tensor]]) -> Sequence[Tensor]:
+        leaves = [v.leaf() for v in every]
+        ys, loss = fn(leaves)
+        dxs = torch.autograd.grad([*ys, loss], leaves, [*(v.gy for v in every), torch.full_like(loss, WEIGHT)])
+        first = [every.index(v) for v in group]
+        return loss, *(ys[i] for i in first), *(dxs[i] for i in first)
 
-    exact = x.detach().double().requires_grad_()
+    def truth() -> Sequence[Tensor]:
+        """Layers of one shape are equal: one of them, its distance counted as often as there are layers."""
+        total, ys, dxs = torch.zeros((), dtype=torch.float64, device=plan.device), [], []
+        for v in group:
+            x = v.leaf(torch.float64)
+            s, b, m, t = (w.double() for w in (v.scale, v.bias, v.mean, v.target))
+            y, sums = frozen_bn_act_stats_ref(x, s, b, m, None, "relu", 0.0)
+            loss = bn_match_loss_ref(moments_ref(sums, x.numel() // len(m), m), t, (0, len(m)), 1.0, "l2")
+            dxs += torch.autograd.grad((y, loss), x, (v.gy.double(), torch.full_like(loss, WEIGHT)))
+            ys.append(y.detach())
+            total += v.count * loss.detach()
+        return total, *ys, *dxs
+
     return Case(
         op=OP,
-        labels={"case": net, "shape": "x".join(map(str, shape)), "layout": layout, "dtype": str(dtype)[6:], "pass": "fwd+bwd"},
-        providers=[
-            Provider("hooks", "eager", both(published)),
-            provider("compile(definition)", "compile", lambda: both(compiled(plan, definition))),
-            *ours(OP, plan, both(public)),
-        ],
-        truth=both(definition, exact, gy.double()),
+        labels=labels(f"BN layers {work.net}", work, batch, layout, dtype),
+        providers=[Provider("hooks", "eager", lambda: call(published)), *ours(OP, plan, lambda: call(public))],
+        truth=truth,
         baseline="hooks",
-        bytes=5 * x.numel() * x.element_size(),  # reads x, writes y; backward reads x and gy, writes dx
+        bytes=sum(5 * v.x.numel() * v.x.element_size() for v in every),  # reads x, writes y; backward reads x and gy, writes dx
     )
 
 
-def with_gradient(outputs: tuple[Tensor, Tensor], x: Tensor, gy: Tensor) -> Sequence[Tensor]:
-    """Both outputs and dx, for an incoming gradient that is not ones."""
-    y, loss = outputs
-    (dx,) = torch.autograd.grad((y, loss), (x,), (gy, torch.full_like(loss, WEIGHT)))
-    return y, loss, dx
+def labels(case: str, work: Work, batch: int, layout: str, dtype: torch.dtype | None) -> dict[str, str]:
+    name = "" if dtype is None else str(dtype)[6:]
+    return {"case": case, "shape": f"{batch}x3x{work.size}x{work.size}", "layout": layout, "dtype": name, "pass": "fwd+bwd"}
 
 
-# A whole teacher ------------------------------------------------------------------------------------------------------
+# A whole teacher ------------------------------------------------------------------------------------------------------------
+
+Fn = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def teacher(plan: Plan, layout: str, dtype: torch.dtype) -> Case:
-    """ResNet-20 with the loss over all its BN layers: logits, loss, and the gradient of the images. bf16 is autocast, as in a run."""
-    batch, size = (8, 8) if plan.quick else (256, 32)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        net = models.build("resnet20", classes=10, channels=3, input_size=size).train()
-        with torch.no_grad():
-            for _ in range(2 if plan.quick else 5):  # running statistics of some images
-                net(torch.randn(min(batch, 64), 3, size, size))
-        images, gy = torch.rand(batch, 3, size, size) * 2 - 1, torch.randn(batch, 10)
-    net = net.to(plan.device).to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
-    net.eval().requires_grad_(False)
-    x = images.to(plan.device).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
-    gy = gy.to(plan.device)
-    inside = instrument(net, shape=(3, size, size))
-    exact = instrument(copy.deepcopy(net).double())
+class Setting:
+    """A settled network, images and a gradient of the logits; calls return logits, loss, and the gradient of the images."""
 
-    def reported(made: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        def fn(x: Tensor) -> tuple[Tensor, Tensor]:
-            trace = made(x, "bn")
-            return trace.logits, ops.bn_match_loss(trace.bn, made.target, made.split)
+    def __init__(self, plan: Plan, work: Work):
+        self.plan, self.batch = plan, work.batch(plan)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            net = models.build(work.net, classes=10, channels=3, input_size=work.size).train()
+            with torch.no_grad():
+                for _ in range(2 if plan.quick else 5):  # running statistics of some images
+                    net(torch.randn(min(self.batch, 32), 3, work.size, work.size))
+            images = torch.rand(self.batch, 3, work.size, work.size) * 2 - 1
+            self.gy = torch.randn(self.batch, 10).to(plan.device)
+        self.trainable, self.images = net.eval().to(plan.device), images.to(plan.device)
+        self.frozen = copy.deepcopy(self.trainable).requires_grad_(False)
 
-        return fn
+    def net(self, layout: str) -> nn.Module:
+        return copy.deepcopy(self.frozen).to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload,no-any-return]
 
-    def both(fn: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor = x, gy: Tensor = gy) -> Call:
+    def call(self, fn: Fn, layout: str, dtype: torch.dtype = torch.float32, also: Sequence[Tensor] = ()) -> Call:
+        """`also`: what else a gradient is computed of (and thrown away). bf16 is autocast, as in a run."""
+        exact, half = dtype == torch.float64, dtype == torch.bfloat16
+        x = self.images.to(torch.float64 if exact else torch.float32).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
+        gy = self.gy.to(x.dtype)
+
         def call() -> Sequence[Tensor]:
-            half = dtype != torch.float32 and x.dtype != torch.float64
-            with torch.autocast(plan.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
+            with torch.autocast(self.plan.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
                 y, loss = fn(x)
-                return with_gradient((y.to(gy.dtype), loss), x, gy)
+                y = y.to(gy.dtype)
+                return y, loss, torch.autograd.grad((y, loss), (x, *also), (gy, torch.full_like(loss, WEIGHT)))[0]
 
         return call
 
-    return Case(
-        op=OP,
-        labels={
-            "case": "teacher resnet20",
-            "shape": f"{batch}x3x{size}x{size}",
-            "layout": layout,
-            "dtype": str(dtype)[6:],
-            "pass": "fwd+bwd",
-        },
-        providers=[
-            Provider("hooks", "eager", both(hooked(net))),
-            provider("compile(definition)", "compile", lambda: both(compiled(plan, reported(inside))), backend="reference"),
-            *ours(OP, plan, both(reported(inside))),
-        ],
-        truth=both(reported(exact), x.detach().double().requires_grad_(), gy.double()),
-        baseline="hooks",
-        tolerance=5e-3 if dtype == torch.float32 else 0.25,  # 19 ReLU masks in a row; single layers are held to less
-    )
+    def truth(self) -> Call:
+        return self.call(reported(instrument(copy.deepcopy(self.frozen).double())), "NCHW", torch.float64)
 
 
-def hooked(net: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """The network with a hook on each BatchNorm, as published but for its weights: those are frozen here too."""
-    own, terms = copy.deepcopy(net), []
+def hooked(net: nn.Module, distance: Callable[[Tensor, Tensor, Tensor], Tensor] = stat_distance) -> Fn:
+    """The network with a hook on each BatchNorm, as published."""
+    terms: list[Tensor] = []
 
     def hook(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        terms.append(stat_distance(inputs[0], module.running_mean, module.running_var))
+        terms.append(distance(inputs[0], module.running_mean, module.running_var))
 
-    for m in own.modules():
+    for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.register_forward_hook(hook)
 
     def fn(x: Tensor) -> tuple[Tensor, Tensor]:
         terms.clear()
-        logits = own(x)
+        logits = net(x)
         return logits, torch.stack(terms).sum()
 
     return fn
+
+
+def reported(made: Any) -> Fn:
+    def fn(x: Tensor) -> tuple[Tensor, Tensor]:
+        trace = made(x, "bn")
+        return trace.logits, ops.bn_match_loss(trace.bn, made.target, made.split)
+
+    return fn
+
+
+def slack(dtype: torch.dtype) -> float:
+    return 5e-3 if dtype == torch.float32 else 0.25  # some 20 or 40 ReLU masks in a row; single layers are held to less
+
+
+def teacher(plan: Plan, work: Work, layout: str, dtype: torch.dtype) -> Case:
+    """The loss over all BN layers, through the whole network; weights are frozen for every provider."""
+    s = Setting(plan, work)
+    inside = instrument(s.net(layout))
+    sums = reported(inside)
+    return Case(
+        op=OP,
+        labels=labels(f"teacher {work.net}", work, s.batch, layout, dtype),
+        providers=[
+            Provider("hooks", "eager", s.call(hooked(s.net(layout)), layout, dtype)),
+            provider(
+                "compile(var_mean)", "compile", lambda: s.call(compiled(plan, hooked(s.net(layout), var_mean_distance)), layout, dtype)
+            ),
+            provider("compile(sums)", "compile", lambda: s.call(compiled(plan, sums), layout, dtype), backend="reference"),
+            *ours(OP, plan, s.call(sums, layout, dtype)),
+        ],
+        truth=s.truth(),
+        baseline="hooks",
+        tolerance=slack(dtype),
+    )
+
+
+def ladder(plan: Plan, work: Work) -> Case:
+    s, bf16 = Setting(plan, work), torch.bfloat16
+    fused = reported(instrument(s.net("channels_last")))
+    weights = tuple(s.trainable.parameters())
+    steps: list[tuple[str, str, Call]] = [
+        ("published: hooks, weight gradients", "NCHW", s.call(hooked(s.trainable), "NCHW", also=weights)),
+        ("+ frozen weights", "NCHW", s.call(hooked(s.net("NCHW")), "NCHW")),
+        ("+ channels_last", "channels_last", s.call(hooked(s.net("channels_last")), "channels_last")),
+        ("+ fused ops", "channels_last", s.call(fused, "channels_last")),
+        ("+ bf16", "channels_last", s.call(fused, "channels_last", bf16)),
+    ]
+    kinds = ["eager"] * 3 + ["ours"] * 2
+    return Case(
+        op=OP,
+        labels=labels(f"ladder {work.net}", work, s.batch, "", None),
+        providers=[Provider(name, kind, call) for (name, _, call), kind in zip(steps, kinds)],
+        truth=s.truth(),
+        baseline=steps[0][0],
+        tolerance=slack(bf16),
+    )
+
+
+def threads(plan: Plan, work: Work) -> Case:
+    """What a second thread brings, to the hooks and to us."""
+    s = Setting(plan, work)
+    ways = {"hooks": ("eager", hooked(s.net("channels_last"))), "ours": ("ours", reported(instrument(s.net("channels_last"))))}
+
+    def on(count: int, call: Call) -> Call:
+        def limited() -> Sequence[Tensor]:
+            before = torch.get_num_threads()
+            torch.set_num_threads(count)
+            try:
+                return call()
+            finally:
+                torch.set_num_threads(before)
+
+        return limited
+
+    return Case(
+        op=OP,
+        labels=labels(f"threads {work.net}", work, s.batch, "channels_last", torch.float32),
+        providers=[
+            Provider(f"{name}, {n} thread{'s' * (n > 1)}", kind, on(n, s.call(fn, "channels_last")))
+            for n in THREADS
+            for name, (kind, fn) in ways.items()
+        ],
+        truth=s.truth(),
+        baseline="hooks, 1 thread",
+        tolerance=slack(torch.float32),
+    )

@@ -42,7 +42,7 @@ def case(plan: Plan, n: int, size: int, batch: int) -> Case:
     index, dy, dx = (v.to(plan.device) for v in (integers(n, batch), integers(2 * PAD + 1, batch), integers(2 * PAD + 1, batch)))
     flip = integers(2, batch).bool().to(plan.device)
     mean, std = torch.tensor([0.49, 0.48, 0.44], device=plan.device), torch.tensor([0.25, 0.24, 0.26], device=plan.device)
-    args = (images, index, dy, dx, flip, PAD, mean, std, torch.float32)
+    args = (images, index, dy, dx, flip, PAD, mean, std, None, "bilinear", True, torch.float32)
     where = list(zip(index.tolist(), dy.tolist(), dx.tolist(), flip.tolist()))
 
     def slices() -> tuple[Tensor]:

@@ -1,13 +1,19 @@
-// CUDA kernels of the BN-statistic ops. Memory-bound: activation, residual and gy are run-time branches, equal for all threads.
-// Forward: a block sums a fixed piece (`per` images of one channel in NCHW; `per` rows of 32 channels in NHWC) and writes its
-// partial; a second kernel adds the partials in a fixed order. No atomics, no workspace state: the same bits every time.
+// CUDA kernels of the BN-statistic ops. Memory-bound: a thread moves 16 bytes at a time where the rows allow it (8, or one element,
+// elsewhere) and finds its channel without a division per element. Activation, residual and gy are run-time branches, equal for all
+// threads of a launch and taken once a vector.
+// Forward: a block sums a fixed piece and writes its partial; a second kernel adds the partials in a fixed order. No atomics, no
+// workspace state: the same bits every time.
+//   NCHW: a piece is one channel of `per` images.
+//   NHWC: a piece is `per` rows of up to 64 channels; a thread keeps the channels of its vector and walks down the rows.
+// Backward: a matrix of planes by positions (NCHW) or of positions by channels (NHWC), row by row.
 #include "bn_match.h"
 #include "common.cuh"
 
 namespace fastkd {
 namespace {
 
-constexpr int kThreads = 256, kX = 32, kY = 8;
+constexpr int kThreads = 256, kAhead = 4;  // vectors that a thread asks for before it uses the first
+constexpr int kStrandX = 32, kStrandY = 32;
 
 template <class T> struct Fwd {
   using A = typename Acc<T>::type;
@@ -21,47 +27,84 @@ template <class T> struct Fwd {
 };
 
 // NaN passes as in torch: every comparison is false for it.
-template <class A> __device__ A activate(A v, int act, A slope) {
-  if (act == kRelu) return v <= A(0) ? A(0) : v;
-  if (act == kRelu6) return v <= A(0) ? A(0) : (v >= A(6) ? A(6) : v);
-  if (act == kLeakyRelu) return v > A(0) ? v : v * slope;
-  return v;
+template <int V, class A> __device__ void activate(A (&v)[V], int act, A slope) {
+  if (act == kRelu) {
+    for (int q = 0; q < V; ++q) v[q] = v[q] <= A(0) ? A(0) : v[q];
+  } else if (act == kRelu6) {
+    for (int q = 0; q < V; ++q) v[q] = v[q] <= A(0) ? A(0) : v[q] >= A(6) ? A(6) : v[q];
+  } else if (act == kLeakyRelu) {
+    for (int q = 0; q < V; ++q) v[q] = v[q] > A(0) ? v[q] : v[q] * slope;
+  }
 }
-template <class A> __device__ A masked(A v, A g, int act, A slope) {
-  if (act == kRelu) return v <= A(0) ? A(0) : g;
-  if (act == kRelu6) return v <= A(0) || v >= A(6) ? A(0) : g;
-  if (act == kLeakyRelu) return v > A(0) ? g : g * slope;
-  return g;
-}
-
-template <class T, class A> __device__ void one(const Fwd<T>& p, int64_t at, int64_t ch, A k, A& s1, A& s2) {
-  const A v = load(p.x[at]), d = v - k;
-  s1 += d;
-  s2 += d * d;
-  if (p.y) {
-    A pre = v * p.scale[ch] + p.bias[ch];
-    if (p.residual) pre += load(p.residual[at]);
-    store(p.y[at], activate(pre, p.act, p.slope));
+template <int V, class A> __device__ void mask(const A (&v)[V], A (&g)[V], int act, A slope) {
+  if (act == kRelu) {
+    for (int q = 0; q < V; ++q) g[q] = v[q] <= A(0) ? A(0) : g[q];
+  } else if (act == kRelu6) {
+    for (int q = 0; q < V; ++q) g[q] = v[q] <= A(0) || v[q] >= A(6) ? A(0) : g[q];
+  } else if (act == kLeakyRelu) {
+    for (int q = 0; q < V; ++q) g[q] = v[q] > A(0) ? g[q] : g[q] * slope;
   }
 }
 
-// One block: one channel of `per` images.
-template <class T> __global__ void bn_fwd_nchw_kernel(const Fwd<T> p) {
+// The constants of the channels of a vector: V of them side by side (NHWC), or one for all (NCHW).
+template <class A, int V> struct Channels {
+  A shift[V], scale[V], bias[V];
+
+  __device__ Channels(const A* k, const A* sc, const A* bi, int64_t ch, int64_t step) {
+    for (int q = 0; q < V; ++q) {
+      shift[q] = k[ch + q * step];
+      scale[q] = sc ? sc[ch + q * step] : A(0);
+      bias[q] = sc ? bi[ch + q * step] : A(0);
+    }
+  }
+};
+
+template <class T, int V, class A>
+__device__ void one(const Fwd<T>& p, int64_t at, const Pack<T, V>& x, const Channels<A, V>& k, A (&s1)[V], A (&s2)[V]) {
+  A v[V];
+  for (int q = 0; q < V; ++q) {
+    v[q] = load(x.v[q]);
+    const A d = v[q] - k.shift[q];
+    s1[q] += d;
+    s2[q] += d * d;
+  }
+  if (!p.y) return;
+  for (int q = 0; q < V; ++q) v[q] = v[q] * k.scale[q] + k.bias[q];
+  if (p.residual) {
+    const Pack<T, V> r = load_pack<V>(p.residual + at);
+    for (int q = 0; q < V; ++q) v[q] += load(r.v[q]);
+  }
+  activate<V>(v, p.act, p.slope);
+  store_pack<V>(p.y + at, v);
+}
+
+template <class T, int V> __global__ void __launch_bounds__(kThreads) bn_fwd_nchw_kernel(const Fwd<T> p) {
   using A = typename Acc<T>::type;
-  const int64_t g = blockIdx.x / p.c, ch = blockIdx.x % p.c;
-  const int64_t end = min(p.n, (g + 1) * p.per), di = kThreads / p.hw, dj = kThreads % p.hw;
-  int64_t i = g * p.per + threadIdx.x / p.hw, j = threadIdx.x % p.hw;
-  const A k = p.shift[ch];
-  A s1 = 0, s2 = 0;
+  const int64_t g = blockIdx.x / p.c, ch = blockIdx.x % p.c, width = p.hw / V;
+  const int64_t end = min(p.n, (g + 1) * p.per), down = kThreads / width, right = kThreads % width;
+  int64_t i = g * p.per + threadIdx.x / width, j = threadIdx.x % width;
+  const Channels<A, V> k(p.shift, p.scale, p.bias, ch, 0);
+  A s1[V] = {}, s2[V] = {};
   while (i < end) {
-    one(p, (i * p.c + ch) * p.hw + j, ch, k, s1, s2);
-    i += di;
-    j += dj;
-    if (j >= p.hw) j -= p.hw, ++i;
+    Pack<T, V> x[kAhead];
+    int64_t at[kAhead];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      at[u] = i < end ? (i * p.c + ch) * p.hw + j * V : -1;
+      if (at[u] >= 0) x[u] = load_pack<V>(p.x + at[u]);
+      i += down;
+      j += right;
+      if (j >= width) j -= width, ++i;
+    }
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u)
+      if (at[u] >= 0) one<T, V>(p, at[u], x[u], k, s1, s2);
   }
+  A t1 = 0, t2 = 0;
+  for (int q = 0; q < V; ++q) t1 += s1[q], t2 += s2[q];
   __shared__ A part[2][kThreads / 32];
-  for (int o = 16; o; o >>= 1) s1 += __shfl_down_sync(~0u, s1, o), s2 += __shfl_down_sync(~0u, s2, o);
-  if (threadIdx.x % 32 == 0) part[0][threadIdx.x / 32] = s1, part[1][threadIdx.x / 32] = s2;
+  for (int o = 16; o; o >>= 1) t1 += __shfl_down_sync(~0u, t1, o), t2 += __shfl_down_sync(~0u, t2, o);
+  if (threadIdx.x % 32 == 0) part[0][threadIdx.x / 32] = t1, part[1][threadIdx.x / 32] = t2;
   __syncthreads();
   if (threadIdx.x < 2) {
     double t = 0;
@@ -70,39 +113,55 @@ template <class T> __global__ void bn_fwd_nchw_kernel(const Fwd<T> p) {
   }
 }
 
-// One block: 32 channels of `per` rows; eight rows at a time.
-template <class T> __global__ void bn_fwd_nhwc_kernel(const Fwd<T> p) {
+// blockDim: x vectors of channels, y rows at a time; x * y = kThreads.
+template <class T, int V> __global__ void __launch_bounds__(kThreads) bn_fwd_nhwc_kernel(const Fwd<T> p) {
   using A = typename Acc<T>::type;
-  const int64_t blocks = (p.c + kX - 1) / kX, g = blockIdx.x / blocks, ch = blockIdx.x % blocks * kX + threadIdx.x;
-  const int64_t end = min(p.n * p.hw, (g + 1) * p.per);
-  A s1 = 0, s2 = 0;
+  const int wide = blockDim.x * V;
+  const int64_t blocks = (p.c + wide - 1) / wide, g = blockIdx.x / blocks, c0 = blockIdx.x % blocks * wide;
+  const int64_t ch = c0 + threadIdx.x * V, end = min(p.n * p.hw, (g + 1) * p.per);
+  A s1[V] = {}, s2[V] = {};
   if (ch < p.c) {
-    const A k = p.shift[ch];
-    for (int64_t row = g * p.per + threadIdx.y; row < end; row += kY) one(p, row * p.c + ch, ch, k, s1, s2);
+    const Channels<A, V> k(p.shift, p.scale, p.bias, ch, 1);
+    for (int64_t row = g * p.per + threadIdx.y; row < end; row += kAhead * blockDim.y) {
+      Pack<T, V> x[kAhead];
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u)
+        if (row + u * blockDim.y < end) x[u] = load_pack<V>(p.x + (row + u * blockDim.y) * p.c + ch);
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u)
+        if (row + u * blockDim.y < end) one<T, V>(p, (row + u * blockDim.y) * p.c + ch, x[u], k, s1, s2);
+    }
   }
-  __shared__ A part[2][kY][kX];
-  part[0][threadIdx.y][threadIdx.x] = s1;
-  part[1][threadIdx.y][threadIdx.x] = s2;
+  __shared__ A part[2][kThreads * V];  // [rows, channels]
+  for (int q = 0; q < V; ++q) {
+    const int at = threadIdx.y * wide + threadIdx.x * V + q;
+    part[0][at] = s1[q];
+    part[1][at] = s2[q];
+  }
   __syncthreads();
-  if (threadIdx.y < 2 && ch < p.c) {
+  for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < 2 * wide; i += kThreads) {
+    const int which = i / wide, col = i % wide;
+    if (c0 + col >= p.c) continue;
     double t = 0;
-    for (int r = 0; r < kY; ++r) t += part[threadIdx.y][r][threadIdx.x];
-    p.partial[(2 * g + threadIdx.y) * p.c + ch] = t;
+    for (int r = 0; r < int(blockDim.y); ++r) t += part[which][r * wide + col];
+    p.partial[(2 * g + which) * p.c + c0 + col] = t;
   }
 }
 
-// sums[i] = partial[0, i] + partial[1, i] + …: eight interleaved strands, then the strands in order.
+// sums[i] = partial[0, i] + partial[1, i] + …: interleaved strands, then the strands in order.
 template <class A> __global__ void bn_finish_kernel(const double* partial, A* sums, int64_t groups, int64_t columns) {
-  const int64_t i = int64_t(blockIdx.x) * kX + threadIdx.x;
+  const int64_t i = int64_t(blockIdx.x) * kStrandX + threadIdx.x;
   double t = 0;
-  if (i < columns)
-    for (int64_t g = threadIdx.y; g < groups; g += kY) t += partial[g * columns + i];
-  __shared__ double strand[kY][kX];
+  if (i < columns) {
+#pragma unroll 8
+    for (int64_t g = threadIdx.y; g < groups; g += kStrandY) t += partial[g * columns + i];
+  }
+  __shared__ double strand[kStrandY][kStrandX];
   strand[threadIdx.y][threadIdx.x] = t;
   __syncthreads();
   if (threadIdx.y == 0 && i < columns) {
     t = 0;
-    for (int r = 0; r < kY; ++r) t += strand[r][threadIdx.x];
+    for (int r = 0; r < kStrandY; ++r) t += strand[r][threadIdx.x];
     sums[i] = A(t);
   }
 }
@@ -112,28 +171,74 @@ template <class T> struct Bwd {
   const T *gy, *x, *residual;
   const A *gsums, *scale, *bias, *shift;
   T *dx, *dresidual;
-  int64_t c, hw, total;
-  int act, layout;
+  int64_t c, rows, cols;
+  int act;
   A slope;
 };
 
-// I: 32-bit indices where the tensor allows, because of the division per element.
-template <class T, class I> __global__ void bn_bwd_kernel(const Bwd<T> p) {
-  using A = typename Acc<T>::type;
-  const I c = I(p.c), hw = I(p.hw);
-  for (int64_t e = int64_t(blockIdx.x) * kThreads + threadIdx.x; e < p.total; e += int64_t(gridDim.x) * kThreads) {
-    const I at = I(e), ch = p.layout == kNHWC ? at % c : at / hw % c;
-    const A v = load(p.x[at]);
-    A d = p.gsums ? p.gsums[ch] + A(2) * p.gsums[c + ch] * (v - p.shift[ch]) : A(0);
-    if (p.gy) {
-      A pre = v * p.scale[ch] + p.bias[ch];
-      if (p.residual) pre += load(p.residual[at]);
-      const A g = masked(pre, A(load(p.gy[at])), p.act, p.slope);
-      d += g * p.scale[ch];
-      if (p.dresidual) store(p.dresidual[at], g);
+// What backward knows of a channel beside its constants.
+template <class A, int V> struct Slopes : Channels<A, V> {
+  A g1[V], g2[V];
+
+  template <class T>
+  __device__ Slopes(const Bwd<T>& p, int64_t ch, int64_t step) : Channels<A, V>(p.shift, p.scale, p.bias, ch, step) {
+    for (int q = 0; q < V; ++q) {
+      g1[q] = p.gsums ? p.gsums[ch + q * step] : A(0);
+      g2[q] = p.gsums ? A(2) * p.gsums[p.c + ch + q * step] : A(0);
     }
-    store(p.dx[at], d);
   }
+};
+
+template <class T, int V, class A> __device__ void one(const Bwd<T>& p, int64_t at, const Slopes<A, V>& k) {
+  const Pack<T, V> x = load_pack<V>(p.x + at);
+  A d[V] = {};
+  if (p.gsums)  // else 0 also where x is not finite
+    for (int q = 0; q < V; ++q) d[q] = k.g1[q] + k.g2[q] * (A(load(x.v[q])) - k.shift[q]);
+  if (p.gy) {
+    const Pack<T, V> gy = load_pack<V>(p.gy + at);
+    A pre[V], g[V];
+    for (int q = 0; q < V; ++q) {
+      pre[q] = load(x.v[q]) * k.scale[q] + k.bias[q];
+      g[q] = load(gy.v[q]);
+    }
+    if (p.residual) {
+      const Pack<T, V> r = load_pack<V>(p.residual + at);
+      for (int q = 0; q < V; ++q) pre[q] += load(r.v[q]);
+    }
+    mask<V>(pre, g, p.act, p.slope);
+    if (p.dresidual) store_pack<V>(p.dresidual + at, g);
+    for (int q = 0; q < V; ++q) d[q] += g[q] * k.scale[q];
+  }
+  store_pack<V>(p.dx + at, d);
+}
+
+// blockDim: x vectors of a row, y rows at a time. Rows are planes, channel = row % c.
+template <class T, int V> __global__ void __launch_bounds__(kThreads) bn_bwd_nchw_kernel(const Bwd<T> p) {
+  using A = typename Acc<T>::type;
+  for (int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; row < p.rows; row += int64_t(gridDim.x) * blockDim.y) {
+    const Slopes<A, V> k(p, row % p.c, 0);
+#pragma unroll 2
+    for (int64_t col = threadIdx.x * V; col < p.cols; col += blockDim.x * V) one<T, V>(p, row * p.cols + col, k);
+  }
+}
+
+// The same with channels in a row: a thread keeps its channels.
+template <class T, int V> __global__ void __launch_bounds__(kThreads) bn_bwd_nhwc_kernel(const Bwd<T> p) {
+  using A = typename Acc<T>::type;
+  const int wide = blockDim.x * V;
+  const int64_t blocks = (p.cols + wide - 1) / wide, ch = blockIdx.x % blocks * wide + threadIdx.x * V;
+  if (ch >= p.cols) return;
+  const Slopes<A, V> k(p, ch, 1);
+  const int64_t step = gridDim.x / blocks * blockDim.y;
+#pragma unroll 2
+  for (int64_t row = blockIdx.x / blocks * blockDim.y + threadIdx.y; row < p.rows; row += step) one<T, V>(p, row * p.cols + ch, k);
+}
+
+// Vectors of a row side by side, and rows, in a block: as many vectors as the row has, up to `most`.
+dim3 shape(int64_t vectors, int most) {
+  int x = 1;
+  while (x < vectors && x < most) x *= 2;
+  return dim3(x, kThreads / x);
 }
 
 }  // namespace
@@ -147,12 +252,21 @@ void bn_fwd_cuda(const BnParams& p, void* stream) {
     const Fwd<T> f{(const T*)p.x, (const T*)p.residual, (const A*)p.scale, (const A*)p.bias, (const A*)p.shift, (T*)p.y,
                    (double*)p.partial, z.n, z.c, z.hw, z.groups, z.per, p.act, A(p.slope)};
     if (z.groups * z.c > 0) {
-      if (z.layout == kNCHW) bn_fwd_nchw_kernel<T><<<unsigned(z.groups * z.c), kThreads, 0, s>>>(f);
-      else bn_fwd_nhwc_kernel<T><<<unsigned(z.groups * ((z.c + kX - 1) / kX)), dim3(kX, kY), 0, s>>>(f);
+      with_vector<T>(z.layout == kNCHW ? z.hw : z.c, {p.x, p.residual, p.y}, [&](auto v) {
+        constexpr int V = decltype(v)::value;
+        if (z.layout == kNCHW) {
+          bn_fwd_nchw_kernel<T, V><<<unsigned(z.groups * z.c), kThreads, 0, s>>>(f);
+        } else {
+          const dim3 block = shape((z.c + V - 1) / V, 64 / V);
+          const int64_t blocks = (z.c + block.x * V - 1) / (block.x * V);
+          bn_fwd_nhwc_kernel<T, V><<<unsigned(z.groups * blocks), block, 0, s>>>(f);
+        }
+      });
       check_launch("bn_fwd", z.n, z.c, z.hw);
     }
     if (z.c == 0) return;
-    bn_finish_kernel<A><<<unsigned((2 * z.c + kX - 1) / kX), dim3(kX, kY), 0, s>>>((const double*)p.partial, (A*)p.sums, z.groups, 2 * z.c);
+    bn_finish_kernel<A><<<unsigned((2 * z.c + kStrandX - 1) / kStrandX), dim3(kStrandX, kStrandY), 0, s>>>(
+        (const double*)p.partial, (A*)p.sums, z.groups, 2 * z.c);
     check_launch("bn_finish", z.groups, 2, z.c);
   });
 }
@@ -160,15 +274,24 @@ void bn_fwd_cuda(const BnParams& p, void* stream) {
 void bn_bwd_cuda(const BnGradParams& p, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   const Sizes& z = p.s;
-  const int64_t total = z.n * z.c * z.hw;
+  const bool last = z.layout == kNHWC;
+  const int64_t rows = last ? z.n * z.hw : z.n * z.c, cols = last ? z.c : z.hw;
   with_type(z.dtype, [&](auto t) {
     using T = decltype(t);
     using A = typename Acc<T>::type;
     const Bwd<T> b{(const T*)p.gy, (const T*)p.x, (const T*)p.residual, (const A*)p.gsums, (const A*)p.scale, (const A*)p.bias,
-                   (const A*)p.shift, (T*)p.dx, (T*)p.dresidual, z.c, z.hw, total, p.act, z.layout, A(p.slope)};
-    const unsigned grid = blocks_for(total, kThreads);
-    if (total < (int64_t(1) << 31)) bn_bwd_kernel<T, uint32_t><<<grid, kThreads, 0, s>>>(b);
-    else bn_bwd_kernel<T, int64_t><<<grid, kThreads, 0, s>>>(b);
+                   (const A*)p.shift, (T*)p.dx, (T*)p.dresidual, z.c, rows, cols, p.act, A(p.slope)};
+    with_vector<T>(cols, {p.x, p.gy, p.residual, p.dx, p.dresidual}, [&](auto v) {
+      constexpr int V = decltype(v)::value;
+      const dim3 block = shape((cols + V - 1) / V, last ? 64 / V : kThreads);
+      if (last) {
+        const int64_t blocks = (cols + block.x * V - 1) / (block.x * V);
+        const int64_t groups = blocks_for(rows, kAhead * block.y), most = (4096 + blocks - 1) / blocks;
+        bn_bwd_nhwc_kernel<T, V><<<unsigned(blocks * (groups < most ? groups : most)), block, 0, s>>>(b);
+      } else {
+        bn_bwd_nchw_kernel<T, V><<<blocks_for(rows, block.y), block, 0, s>>>(b);
+      }
+    });
     check_launch("bn_bwd", z.n, z.c, z.hw);
   });
 }

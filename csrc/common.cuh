@@ -4,6 +4,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstring>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -23,6 +25,41 @@ __device__ inline void store(float& o, float v) { o = v; }
 __device__ inline void store(double& o, double v) { o = v; }
 __device__ inline void store(__half& o, float v) { o = __float2half_rn(v); }
 __device__ inline void store(__nv_bfloat16& o, float v) { o = __float2bfloat16_rn(v); }
+
+// V elements in one load or store.
+template <class T, int V> struct alignas(sizeof(T) * V) Pack { T v[V]; };
+// Through the read-only cache: inputs are never written by the same kernel, so that loads may pass earlier stores.
+template <int V, class T> __device__ inline Pack<T, V> load_pack(const T* p) {
+  Pack<T, V> out;
+  if constexpr (sizeof out == 16) {
+    const int4 raw = __ldg(reinterpret_cast<const int4*>(p));
+    memcpy(&out, &raw, 16);
+  } else if constexpr (sizeof out == 8) {
+    const int2 raw = __ldg(reinterpret_cast<const int2*>(p));
+    memcpy(&out, &raw, 8);
+  } else {
+    static_assert(V == 1, "vectors are 8 or 16 bytes");
+    out.v[0] = *p;
+  }
+  return out;
+}
+template <int V, class T, class A> __device__ inline void store_pack(T* p, const A (&v)[V]) {
+  Pack<T, V> out;
+  for (int q = 0; q < V; ++q) store(out.v[q], v[q]);
+  *reinterpret_cast<Pack<T, V>*>(p) = out;
+}
+
+template <int k> struct Int { static constexpr int value = k; };
+
+// Calls f(Int<V>) with the widest vector (16 or 8 bytes, or one element) that fits rows of `length` elements at these addresses.
+template <class T, class F> void with_vector(int64_t length, std::initializer_list<const void*> at, const F& f) {
+  constexpr int kFull = 16 / int(sizeof(T)), kHalf = kFull / 2;
+  size_t bits = 0;
+  for (const void* p : at) bits |= reinterpret_cast<size_t>(p);
+  if (length % kFull == 0 && bits % 16 == 0) f(Int<kFull>{});
+  else if (kHalf > 1 && length % kHalf == 0 && bits % 8 == 0) f(Int<kHalf>{});
+  else f(Int<1>{});
+}
 
 template <class F> void with_type(int dtype, const F& f) {
   if (dtype == kFloat32) f(float{});

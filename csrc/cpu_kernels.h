@@ -1,37 +1,52 @@
 // The CPU kernels, once per instruction set: FASTKD_ISA names the set that a source file is being compiled for, and
 // module.cpp takes the table of the best set that the processor has.
 #pragma once
+#include "bn_act.h"
+#include "bn_loss.h"
 #include "bn_match.h"
 #include "cam.h"
 #include "replay.h"
+#include "replay_tree.h"
+#include "upsample.h"
 
 #define FASTKD_JOIN2(a, b) a##_##b
 #define FASTKD_JOIN(a, b) FASTKD_JOIN2(a, b)
 #define FASTKD_CPU(name) FASTKD_JOIN(name, FASTKD_ISA)
 
+// The list: X(kernel, its parameters, isa). A new kernel is one line here.
+#define FASTKD_KERNELS(X, isa)            \
+  X(bn_fwd, BnParams, isa)                \
+  X(bn_bwd, BnGradParams, isa)            \
+  X(bn_act_fwd, BnActParams, isa)         \
+  X(bn_act_bwd_sums, BnActGradParams, isa) \
+  X(bn_act_bwd, BnActGradParams, isa)     \
+  X(bn_loss_fwd, BnLossParams, isa)       \
+  X(bn_loss_bwd, BnLossParams, isa)       \
+  X(cam_fwd, CamParams, isa)              \
+  X(cam_bwd, CamParams, isa)              \
+  X(cam_finish, CamFinishParams, isa)     \
+  X(replay_gather, GatherParams, isa)     \
+  X(philox_uniform, UniformParams, isa)   \
+  X(replay_sums, TreeParams, isa)         \
+  X(replay_sample, TreeSampleParams, isa) \
+  X(replay_update, TreeUpdateParams, isa) \
+  X(upsample_act_fwd, UpsampleActParams, isa) \
+  X(upsample_act_bwd, UpsampleActGradParams, isa)
+
+#define FASTKD_POINTER(kernel, Params, isa) void (*kernel)(const Params&, int threads);
+#define FASTKD_FUNCTION(kernel, Params, isa) void kernel##_##isa(const Params&, int threads);
+#define FASTKD_ENTRY(kernel, Params, isa) kernel##_##isa,
+#define FASTKD_TABLE(isa) {#isa, FASTKD_KERNELS(FASTKD_ENTRY, isa)}
+
 namespace fastkd {
 
 struct CpuKernels {
   const char* isa;
-  void (*bn_fwd)(const BnParams&, int threads);
-  void (*bn_bwd)(const BnGradParams&, int threads);
-  void (*cam_fwd)(const CamParams&, int threads);
-  void (*cam_bwd)(const CamParams&, int threads);
-  void (*cam_finish)(const CamFinishParams&, int threads);
-  void (*replay_gather)(const GatherParams&, int threads);
+  FASTKD_KERNELS(FASTKD_POINTER, )
 };
 
-#define FASTKD_DECLARE(isa)                               \
-  void bn_fwd_##isa(const BnParams&, int threads);        \
-  void bn_bwd_##isa(const BnGradParams&, int threads);    \
-  void cam_fwd_##isa(const CamParams&, int threads);      \
-  void cam_bwd_##isa(const CamParams&, int threads);      \
-  void cam_finish_##isa(const CamFinishParams&, int threads); \
-  void replay_gather_##isa(const GatherParams&, int threads);
-#define FASTKD_TABLE(isa) {#isa, bn_fwd_##isa, bn_bwd_##isa, cam_fwd_##isa, cam_bwd_##isa, cam_finish_##isa, replay_gather_##isa}
-
-FASTKD_DECLARE(generic)
-FASTKD_DECLARE(avx2)
-FASTKD_DECLARE(avx512)
+FASTKD_KERNELS(FASTKD_FUNCTION, generic)
+FASTKD_KERNELS(FASTKD_FUNCTION, avx2)
+FASTKD_KERNELS(FASTKD_FUNCTION, avx512)
 
 }  // namespace fastkd

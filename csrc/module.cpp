@@ -10,6 +10,9 @@
 #include <vector>
 
 #include "cpu_kernels.h"
+#ifdef FASTKD_X86
+#include <cpuid.h>
+#endif
 
 namespace py = pybind11;
 using namespace fastkd;
@@ -22,12 +25,20 @@ const CpuKernels kAvx2 = FASTKD_TABLE(avx2);
 const CpuKernels kAvx512 = FASTKD_TABLE(avx512);
 #endif
 
+#ifdef FASTKD_X86
+bool has_f16c() {  // older compilers' __builtin_cpu_supports does not know the name
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1u);
+}
+#endif
+
 std::vector<const CpuKernels*> available() {
   std::vector<const CpuKernels*> found{&kGeneric};
 #ifdef FASTKD_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kAvx2);
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+  const bool half = has_f16c();
+  if (half && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kAvx2);
+  if (half && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
     found.push_back(&kAvx512);
 #endif
@@ -77,6 +88,39 @@ void bn_bwd(uintptr_t gy, uintptr_t gsums, uintptr_t x, uintptr_t residual, uint
 #endif
 }
 
+BnLossParams bn_loss(uintptr_t stats, uintptr_t target, uintptr_t average, uintptr_t calls, uintptr_t offsets, uintptr_t grad,
+                     uintptr_t terms, uintptr_t out, int64_t c, int64_t layers, int dtype, int kind, double momentum, double first) {
+  const size_t a = dtype == kFloat64 ? 8 : 4;
+  return {c, layers, dtype, kind, momentum, first, at("stats", stats, a, c), at("target", target, a, c), at("average", average, a, false),
+          static_cast<const int64_t*>(at("calls", calls, 8, false)), static_cast<const int64_t*>(at("offsets", offsets, 8)),
+          at("grad", grad, a, false), static_cast<double*>(at("terms", terms, 8, false)), at("out", out, a, c)};
+}
+
+void bn_loss_fwd(uintptr_t stats, uintptr_t target, uintptr_t average, uintptr_t calls, uintptr_t offsets, uintptr_t terms,
+                 uintptr_t out, int64_t c, int64_t layers, int dtype, int kind, double momentum, double first, int threads, bool cuda,
+                 uintptr_t stream) {
+  const BnLossParams p = bn_loss(stats, target, average, calls, offsets, 0, terms, out, c, layers, dtype, kind, momentum, first);
+  if (!cuda) return chosen->bn_loss_fwd(p, threads);
+#ifdef FASTKD_WITH_CUDA
+  bn_loss_fwd_cuda(p, reinterpret_cast<void*>(stream));
+#else
+  (void)stream, no_cuda();
+#endif
+}
+
+void bn_loss_bwd(uintptr_t stats, uintptr_t target, uintptr_t average, uintptr_t calls, uintptr_t offsets, uintptr_t grad,
+                 uintptr_t out, int64_t c, int64_t layers, int dtype, int kind, double momentum, double first, int threads, bool cuda,
+                 uintptr_t stream) {
+  if (c * layers == 0) return;
+  const BnLossParams p = bn_loss(stats, target, average, calls, offsets, grad, 0, out, c, layers, dtype, kind, momentum, first);
+  if (!cuda) return chosen->bn_loss_bwd(p, threads);
+#ifdef FASTKD_WITH_CUDA
+  bn_loss_bwd_cuda(p, reinterpret_cast<void*>(stream));
+#else
+  (void)stream, no_cuda();
+#endif
+}
+
 CamParams cam(uintptr_t features, uintptr_t weight, uintptr_t labels, uintptr_t map, int64_t batch, int64_t channels, int64_t hw,
               int64_t classes, int dtype, int layout) {
   const size_t a = dtype == kFloat64 ? 8 : 4;
@@ -107,24 +151,126 @@ void cam_finish(uintptr_t map, uintptr_t rows, uintptr_t out, int64_t batch, int
 }
 
 void replay_gather(uintptr_t images, uintptr_t index, uintptr_t dy, uintptr_t dx, uintptr_t flip, uintptr_t lut, uintptr_t mean,
-                   uintptr_t std_, uintptr_t out, const std::vector<int64_t>& sizes, int in_dtype, int out_dtype, int threads,
-                   bool cuda, uintptr_t stream) {
-  const auto [batch, stored, height, width_, channels, pad] =
-      std::tuple(sizes.at(0), sizes.at(1), sizes.at(2), sizes.at(3), sizes.at(4), sizes.at(5));
-  if (batch * height * width_ * channels == 0) return;
+                   uintptr_t std_, uintptr_t y, uintptr_t x, uintptr_t wy, uintptr_t wx, uintptr_t out, const std::vector<int64_t>& sizes,
+                   int in_dtype, int out_dtype, bool blended, bool last, int threads, bool cuda, uintptr_t stream) {
+  const auto n = [&](size_t i) { return sizes.at(i); };  // batch, stored, height, width, channels, stride, out_height, out_width, pad
+  if (n(0) * n(2) * n(3) * n(4) * n(6) * n(7) == 0) return;
   const size_t o = width(out_dtype), a = out_dtype == kFloat64 ? 8 : 4;
-  const bool table = in_dtype == kUInt8;
-  const auto* rows = static_cast<const int64_t*>(at("index", index, 8));
-  const GatherParams p{batch, stored, height, width_, channels, pad, in_dtype, out_dtype, at("images", images, width(in_dtype)), rows,
-                       static_cast<const int64_t*>(at("dy", dy, 8, false)), static_cast<const int64_t*>(at("dx", dx, 8, false)),
-                       static_cast<const uint8_t*>(at("flip", flip, 1, false)), at("lut", lut, o, table), at("mean", mean, a, !table),
-                       at("std", std_, a, !table), at("out", out, o)};
+  const bool bytes = in_dtype == kUInt8, table = bytes && !blended;
+  const auto whole = [](const char* name, uintptr_t address, bool needed = false) {
+    return static_cast<const int64_t*>(at(name, address, 8, needed));
+  };
+  const GatherParams p{n(0), n(1), n(2), n(3), n(4), n(5), n(6), n(7), n(8), in_dtype, out_dtype, blended, last,
+                       at("images", images, width(in_dtype)), whole("index", index, true), whole("dy", dy), whole("dx", dx),
+                       static_cast<const uint8_t*>(at("flip", flip, 1, false)), at("lut", lut, table ? o : a, bytes),
+                       at("mean", mean, a, !table), at("std", std_, a, !table), whole("y", y, blended), whole("x", x, y != 0),
+                       at("wy", wy, a, blended), at("wx", wx, a, blended), at("out", out, o)};
   if (!cuda) return chosen->replay_gather(p, threads);
 #ifdef FASTKD_WITH_CUDA
   replay_gather_cuda(p, reinterpret_cast<void*>(stream));
 #else
   (void)stream, no_cuda();
 #endif
+}
+
+void philox_uniform(uintptr_t key, uintptr_t out, int64_t n, int threads, bool cuda, uintptr_t stream) {
+  if (n == 0) return;
+  const UniformParams p{n, static_cast<const int64_t*>(at("key", key, 8)), static_cast<double*>(at("out", out, 8))};
+  if (!cuda) return chosen->philox_uniform(p, threads);
+#ifdef FASTKD_WITH_CUDA
+  philox_uniform_cuda(p, reinterpret_cast<void*>(stream));
+#else
+  (void)stream, no_cuda();
+#endif
+}
+
+TreeParams tree(uintptr_t leaves, uintptr_t sums, int64_t n, int dtype) {
+  return {n, dtype, at("leaves", leaves, width(dtype)), static_cast<double*>(at("sums", sums, 8))};
+}
+
+void replay_sums(uintptr_t leaves, uintptr_t sums, int64_t n, int dtype, int threads, bool cuda, uintptr_t stream) {
+  const TreeParams p = tree(leaves, sums, n, dtype);
+  if (!cuda) return chosen->replay_sums(p, threads);
+#ifdef FASTKD_WITH_CUDA
+  replay_sums_cuda(p, reinterpret_cast<void*>(stream));
+#else
+  (void)stream, no_cuda();
+#endif
+}
+
+void replay_sample(uintptr_t leaves, uintptr_t sums, uintptr_t u, uintptr_t key, uintptr_t index, uintptr_t probability, uintptr_t least,
+                   int64_t n, int64_t draws, int dtype, int threads, bool cuda, uintptr_t stream) {
+  const size_t e = width(dtype);
+  const TreeSampleParams p{tree(leaves, sums, n, dtype), draws, static_cast<const double*>(at("u", u, 8, draws && !key)),
+                           static_cast<const int64_t*>(at("key", key, 8, draws && !u)), static_cast<int64_t*>(at("index", index, 8, draws)),
+                           at("probability", probability, e, draws), at("least", least, e)};
+  if (!cuda) return chosen->replay_sample(p, threads);
+#ifdef FASTKD_WITH_CUDA
+  replay_sample_cuda(p, reinterpret_cast<void*>(stream));
+#else
+  (void)stream, no_cuda();
+#endif
+}
+
+void replay_update(uintptr_t leaves, uintptr_t sums, uintptr_t index, uintptr_t value, uintptr_t order, uintptr_t refused, int64_t n,
+                   int64_t entries, int dtype, int duplicates, int threads, bool cuda, uintptr_t stream) {
+  if (entries == 0) return;
+  const TreeUpdateParams p{tree(leaves, sums, n, dtype), entries, static_cast<const int64_t*>(at("index", index, 8)),
+                           at("value", value, width(dtype)), static_cast<const int64_t*>(at("order", order, 8, !cuda && duplicates != kLastWins)),
+                           static_cast<int64_t*>(at("refused", refused, 8)), duplicates};
+  if (!cuda) return chosen->replay_update(p, threads);
+#ifdef FASTKD_WITH_CUDA
+  replay_update_cuda(p, reinterpret_cast<void*>(stream));
+#else
+  (void)stream, no_cuda();
+#endif
+}
+
+void bn_act_fwd(uintptr_t x, uintptr_t sums, uintptr_t shift, uintptr_t weight, uintptr_t bias, uintptr_t y, uintptr_t stats,
+                const Sizes& s, int64_t count, double eps, int act, double slope, int threads, bool cuda, uintptr_t stream) {
+  if (s.n * s.c * s.hw == 0) return;
+  const size_t e = width(s.dtype), a = s.dtype == kFloat64 ? 8 : 4;
+  const BnActParams p{s, at("x", x, e), at("sums", sums, a), at("shift", shift, a), at("weight", weight, a, false),
+                      at("bias", bias, a, false), at("y", y, e), at("stats", stats, a), count, eps, act, slope};
+  if (!cuda) return chosen->bn_act_fwd(p, threads);
+#ifdef FASTKD_WITH_CUDA
+  bn_act_fwd_cuda(p, reinterpret_cast<void*>(stream));
+#else
+  (void)stream, no_cuda();
+#endif
+}
+
+// With `partial`: bn_act_bwd_sums; with `dx`: bn_act_bwd.
+void bn_act_bwd(uintptr_t gy, uintptr_t x, uintptr_t stats, uintptr_t bias, uintptr_t partial, uintptr_t gsums, uintptr_t dx,
+                const Sizes& s, int64_t count, int act, double slope, int threads, bool cuda, uintptr_t stream) {
+  if (s.n * s.c * s.hw == 0) return;
+  const size_t e = width(s.dtype), a = s.dtype == kFloat64 ? 8 : 4;
+  const BnActGradParams p{s, at("gy", gy, e), at("x", x, e), at("stats", stats, a), at("bias", bias, a, false),
+                          at("partial", partial, 8, !dx), at("gsums", gsums, a), at("dx", dx, e, !partial), count, act, slope};
+  if (!cuda) return dx ? chosen->bn_act_bwd(p, threads) : chosen->bn_act_bwd_sums(p, threads);
+#ifdef FASTKD_WITH_CUDA
+  (dx ? bn_act_bwd_cuda : bn_act_bwd_sums_cuda)(p, reinterpret_cast<void*>(stream));
+#else
+  (void)stream, no_cuda();
+#endif
+}
+
+void upsample_act_fwd(uintptr_t x, uintptr_t scale, uintptr_t bias, uintptr_t y, int64_t n, int64_t c, int64_t h, int64_t w, int dtype,
+                      int layout, int act, int threads, bool cuda, uintptr_t) {
+  if (cuda) no_cuda();
+  if (n * c * h * w == 0) return;
+  const size_t e = width(dtype), a = dtype == kFloat64 ? 8 : 4;
+  chosen->upsample_act_fwd({n, c, h, w, dtype, layout, act, at("x", x, e), at("scale", scale, a, false), at("bias", bias, a, false),
+                            at("y", y, e)}, threads);
+}
+
+void upsample_act_bwd(uintptr_t gy, uintptr_t y, uintptr_t scale, uintptr_t dx, int64_t n, int64_t c, int64_t h, int64_t w, int dtype,
+                      int layout, int act, int threads, bool cuda, uintptr_t) {
+  if (cuda) no_cuda();
+  if (n * c * h * w == 0) return;
+  const size_t e = width(dtype), a = dtype == kFloat64 ? 8 : 4;
+  chosen->upsample_act_bwd({n, c, h, w, dtype, layout, act, at("gy", gy, e), at("y", y, e), at("scale", scale, a, false),
+                            at("dx", dx, e)}, threads);
 }
 
 std::map<std::string, std::string> build_info() {
@@ -143,10 +289,20 @@ PYBIND11_MODULE(_C, m) {
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   m.def("bn_fwd", &bn_fwd, unlocked);
   m.def("bn_bwd", &bn_bwd, unlocked);
+  m.def("bn_loss_fwd", &bn_loss_fwd, unlocked);
+  m.def("bn_loss_bwd", &bn_loss_bwd, unlocked);
   m.def("cam_fwd", &cam_fwd, unlocked);
   m.def("cam_bwd", &cam_bwd, unlocked);
   m.def("cam_finish", &cam_finish, unlocked);
   m.def("replay_gather", &replay_gather, unlocked);
+  m.def("philox_uniform", &philox_uniform, unlocked);
+  m.def("replay_sums", &replay_sums, unlocked);
+  m.def("replay_sample", &replay_sample, unlocked);
+  m.def("replay_update", &replay_update, unlocked);
+  m.def("bn_act_fwd", &bn_act_fwd, unlocked);
+  m.def("bn_act_bwd", &bn_act_bwd, unlocked);
+  m.def("upsample_act_fwd", &upsample_act_fwd, unlocked);
+  m.def("upsample_act_bwd", &upsample_act_bwd, unlocked);
   m.def("build_info", &build_info, "What was built, with which compiler, and the instruction set in use.");
   m.def("isas", [] {
     std::vector<std::string> names;

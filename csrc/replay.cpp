@@ -1,6 +1,6 @@
 // CPU kernel of the gather: parallel over images, one pass over the output.
-// A uint8 pixel becomes a float by a table of 256 entries a channel, which Python fills by the reference's own arithmetic: the
-// result has the reference's bits in every output type. Other stores are normalised with (x - mean) / std.
+// A byte becomes a result by a table of 256 entries a channel, which Python fills by the reference's own arithmetic: the result has
+// the reference's bits in every output type. Other stores are normalised with (x - mean) / std, and so are blended pixels.
 #include "cpu_kernels.h"
 #include "cpu_vec.h"
 
@@ -10,64 +10,116 @@ namespace {
 template <class O> struct Norm { using type = float; };
 template <> struct Norm<double> { using type = double; };
 
-template <class In, class Out, bool kLut> struct Gather {
+// kC: channels if known, else 0; kLast: channels_last output.
+template <class In, class Out, int kC, bool kLast> struct Gather {
   using A = typename Norm<Out>::type;
+  static constexpr bool kBytes = sizeof(In) == 1;
   const GatherParams& p;
+  const int64_t channels = kC ? kC : p.channels, plane = kLast ? 1 : p.out_height * p.out_width, step = kLast ? channels : 1;
+  const A *mean = static_cast<const A*>(p.mean), *std = static_cast<const A*>(p.std);
 
-  template <int kC> void pixel(Out* o, const In* s) const {
-    const int64_t channels = kC ? kC : p.channels;
+  // One output pixel; s null: black.
+  void pixel(Out* o, const In* s) const {
+    for (int64_t c = 0; c < channels; ++c)
+      if constexpr (kBytes) o[c * plane] = static_cast<const Out*>(p.lut)[c * 256 + (s ? s[c] : 0)];
+      else store(o[c * plane], ((s ? A(load(s[c])) : A(0)) - mean[c]) / std[c]);
+  }
+
+  A value(const In* s, int64_t c) const {
+    if constexpr (kBytes) return static_cast<const A*>(p.lut)[s ? s[c] : 0];
+    else return s ? A(load(s[c])) : A(0);
+  }
+
+  // Four pixels of two rows, rows first.
+  void blend(Out* o, const In* s00, const In* s10, const In* s01, const In* s11, A wy, A wx) const {
     for (int64_t c = 0; c < channels; ++c) {
-      if constexpr (kLut) o[c] = ((const Out*)p.lut)[c * 256 + s[c]];
-      else store(o[c], (A(load(s[c])) - ((const A*)p.mean)[c]) / ((const A*)p.std)[c]);
+      const A a = value(s00, c), b = value(s01, c), left = a + (value(s10, c) - a) * wy, right = b + (value(s11, c) - b) * wy;
+      store(o[c * plane], ((left + (right - left) * wx) - mean[c]) / std[c]);
     }
   }
 
-  template <int kC> void image(int64_t b, const In* black) const {
-    const int64_t h = p.height, w = p.width, channels = kC ? kC : p.channels, row = w * channels;
-    const In* img = (const In*)p.images + p.index[b] * h * row;
-    Out* out = (Out*)p.out + b * h * row;
-    const int64_t down = p.dy ? p.dy[b] - p.pad : 0, right = p.dx ? p.dx[b] - p.pad : 0;
-    const bool flip = p.flip && p.flip[b];
-    // Output columns [j0, j1) read columns of the image; the others are black.
-    const int64_t j0 = flip ? right : -right, j1 = j0 + w, from = least(w, j0 > 0 ? j0 : 0), to = j1 < w ? (j1 > from ? j1 : from) : w;
-    for (int64_t i = 0; i < h; ++i, out += row) {
-      const int64_t r = i + down;
-      const bool inside = r >= 0 && r < h;
-      const int64_t a = inside ? from : w, z = inside ? to : w;
-      for (int64_t j = 0; j < a; ++j) pixel<kC>(out + j * channels, black);
-      const In* src = img + r * row;
-      if (!flip)
-        for (int64_t j = a; j < z; ++j) pixel<kC>(out + j * channels, src + (j + right) * channels);
-      else
-        for (int64_t j = a; j < z; ++j) pixel<kC>(out + j * channels, src + (w - 1 - j + right) * channels);
-      for (int64_t j = z; j < w; ++j) pixel<kC>(out + j * channels, black);
+  struct Image {
+    const In* pixels;
+    int64_t down, right;
+    bool flip;
+  };
+
+  // A row of the cropped image: null where it is black.
+  const In* row(const Image& m, int64_t i) const {
+    const int64_t r = i + m.down;
+    return r >= 0 && r < p.height ? m.pixels + r * p.width * channels : nullptr;
+  }
+  const In* at(const Image& m, const In* row, int64_t j) const {
+    const int64_t q = (m.flip ? p.width - 1 - j : j) + m.right;
+    return row && q >= 0 && q < p.width ? row + q * channels : nullptr;
+  }
+
+  void plain(const Image& m, Out* out) const {
+    const int64_t w = p.width;
+    // Output columns [from, to) read columns of the image; the others are black.
+    const int64_t j0 = m.flip ? m.right : -m.right, j1 = j0 + w, from = least(w, j0 > 0 ? j0 : 0), to = j1 < w ? (j1 > from ? j1 : from) : w;
+    for (int64_t i = 0; i < p.height; ++i, out += w * step) {
+      const In* src = row(m, i);
+      const int64_t a = src ? from : w, z = src ? to : w;
+      for (int64_t j = 0; j < a; ++j) pixel(out + j * step, nullptr);
+      if (a < z) {
+        const In* s = at(m, src, a);
+        if (!m.flip)
+          for (int64_t j = a; j < z; ++j, s += channels) pixel(out + j * step, s);
+        else
+          for (int64_t j = a; j < z; ++j, s -= channels) pixel(out + j * step, s);
+      }
+      for (int64_t j = z; j < w; ++j) pixel(out + j * step, nullptr);
     }
   }
 
-  void run(int threads, const In* black) const {
+  void resized(const Image& m, Out* out) const {
+    const A *wy = static_cast<const A*>(p.wy), *wx = static_cast<const A*>(p.wx);
+    for (int64_t i = 0; i < p.out_height; ++i) {
+      const In *r0 = row(m, p.y[i]), *r1 = row(m, least(p.y[i] + 1, p.height - 1));
+      for (int64_t j = 0; j < p.out_width; ++j, out += step) {
+        const int64_t x0 = p.x[j], x1 = least(x0 + 1, p.width - 1);
+        if (!p.blended) pixel(out, at(m, r0, x0));
+        else blend(out, at(m, r0, x0), at(m, r1, x0), at(m, r0, x1), at(m, r1, x1), wy[i], wx[j]);
+      }
+    }
+  }
+
+  void run(int threads) const {
     parallel(p.batch, threads, [&](int64_t b) {
-      if (p.channels == 3) image<3>(b, black);
-      else if (p.channels == 1) image<1>(b, black);
-      else image<0>(b, black);
+      const Image m{static_cast<const In*>(p.images) + p.index[b] * p.stride, p.dy ? p.dy[b] - p.pad : 0, p.dx ? p.dx[b] - p.pad : 0,
+                    p.flip && p.flip[b]};
+      Out* out = static_cast<Out*>(p.out) + b * p.out_height * p.out_width * channels;
+      if (p.y) resized(m, out);
+      else plain(m, out);
     });
   }
 };
 
-template <class In, bool kLut> void with_out(const GatherParams& p, int threads) {
-  // One black pixel; more channels than this are refused by Python.
-  static const In black[4096] = {};
-  if (p.out_dtype == kFloat32) Gather<In, float, kLut>{p}.run(threads, black);
-  else if (p.out_dtype == kFloat64) Gather<In, double, kLut>{p}.run(threads, black);
-  else if (p.out_dtype == kBFloat16) Gather<In, BFloat, kLut>{p}.run(threads, black);
-  else Gather<In, Half, kLut>{p}.run(threads, black);
+template <class In, class Out, int kC> void with_layout(const GatherParams& p, int threads) {
+  if (p.last) Gather<In, Out, kC, true>{p}.run(threads);
+  else Gather<In, Out, kC, false>{p}.run(threads);
+}
+
+template <class In> void with_out(const GatherParams& p, int threads) {
+  const auto with_channels = [&](auto out) {
+    using Out = decltype(out);
+    if (p.channels == 3) with_layout<In, Out, 3>(p, threads);
+    else if (p.channels == 1) with_layout<In, Out, 1>(p, threads);
+    else with_layout<In, Out, 0>(p, threads);
+  };
+  if (p.out_dtype == kFloat32) with_channels(float{});
+  else if (p.out_dtype == kFloat64) with_channels(double{});
+  else if (p.out_dtype == kBFloat16) with_channels(BFloat{});
+  else with_channels(Half{});
 }
 
 }  // namespace
 
 void FASTKD_CPU(replay_gather)(const GatherParams& p, int threads) {
-  if (p.in_dtype == kUInt8) with_out<uint8_t, true>(p, threads);
-  else if (p.in_dtype == kFloat32) with_out<float, false>(p, threads);
-  else with_out<Half, false>(p, threads);
+  if (p.in_dtype == kUInt8) with_out<uint8_t>(p, threads);
+  else if (p.in_dtype == kFloat32) with_out<float>(p, threads);
+  else with_out<Half>(p, threads);
 }
 
 }  // namespace fastkd

@@ -1,21 +1,27 @@
-// Gather from an image store: crop, flip, normalise, in one pass over the output.
+// Gather from an image store: crop, flip, resize, normalise, in one pass over the output.
 #pragma once
 #include "common.h"
 
 namespace fastkd {
 
 struct GatherParams {
-  int64_t batch, stored, height, width, channels, pad;
+  int64_t batch, stored, height, width, channels, stride, out_height, out_width, pad;
   int in_dtype, out_dtype;
-  const void* images;    // [stored, height, width, channels]
+  bool blended, last;    // bilinear; the output is [batch, out_height, out_width, channels], else [batch, channels, …]
+  const void* images;    // [stored, height, width, channels], `stride` elements from image to image
   const int64_t* index;  // [batch]
   const int64_t* dy;     // [batch] or null
   const int64_t* dx;     // [batch] or null
   const uint8_t* flip;   // [batch] or null
-  const void* lut;       // uint8 stores: [channels, 256] in out_dtype, what each byte becomes; else null
-  const void* mean;      // other stores: [channels] float (double for a double output)
+  // Small values are float, double for a double output.
+  const void* lut;       // bytes: [channels, 256] in out_dtype, what each byte becomes; blended: [256], its float; else null
+  const void* mean;      // [channels], or null with a lut that is the result
   const void* std;
-  void* out;             // [batch, height, width, channels]
+  const int64_t* y;      // [out_height] rows to sample, or null: nothing is resized
+  const int64_t* x;      // [out_width]
+  const void* wy;        // [out_height] weight of the next row (the last one is its own next)
+  const void* wx;        // [out_width]
+  void* out;
 };
 
 #ifdef FASTKD_WITH_CUDA

@@ -6,6 +6,9 @@ couples samples or stands before a clamp, hinge, log or norm goes through `ranks
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -97,3 +100,133 @@ def adv_embedding(distance: Tensor, mask: Tensor | None, cap: float | None) -> T
     """
     m = distance if cap is None else distance.clamp(max=cap)
     return -(m if mask is None else mask * m).mean()
+
+
+def kl_elem(teacher: Tensor, student: Tensor, tau: float = 1.0) -> Tensor:
+    """Mean over batch **and classes** of the KL summands: KL(teacher ‖ student) / C, not scaled by tau² (ZSKT, Micaelli & Storkey 2019)."""
+    return kl_rows(teacher, student, tau).mean() / teacher.shape[1]
+
+
+def adv_kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """-mean_b KL(teacher ‖ student), every row (DFQ, Choi et al. 2020); gradient flows through both networks' logits."""
+    return -kl_tau(teacher, student, 1.0)
+
+
+def adv_kl_elem(teacher: Tensor, student: Tensor, tau: float = 1.0) -> Tensor:
+    """-`kl_elem` (ZSKT); gradient flows through both networks' logits."""
+    return -kl_elem(teacher, student, tau)
+
+
+def adv_l1(teacher: Tensor, student: Tensor) -> Tensor:
+    """-`l1_logit` (DFAD); gradient flows through both networks' logits."""
+    return -l1_logit(teacher, student)
+
+
+def adv_log_l1(teacher: Tensor, student: Tensor) -> Tensor:
+    """-log(D + 1), D the `l1_logit` of the global batch: for dense prediction (DFAD). Its gradient is 1 / (D + 1) of `adv_l1`'s."""
+    return -torch.log1p(ranks.mean(l1_logit(teacher, student)))
+
+
+def pseudo_label(teacher: Tensor) -> Tensor:
+    """Cross-entropy of the class that the teacher itself names, argmax over axis 1: low for confident images (DAFL's one-hot loss)."""
+    return cross_entropy(teacher, teacher.detach().argmax(1))
+
+
+def act(feature: Tensor) -> Tensor:
+    """-mean |feature| over batch and channels of the penultimate feature [B, d]: strong activations (DAFL, Chen et al. 2019)."""
+    return -_wide(feature).abs().mean()
+
+
+def balance_ln(logits: Tensor) -> Tensor:
+    """Σ_c p̄_c ln p̄_c, p̄ the mean of softmax(logits) over the global batch (and space): negative entropy, -ln C where classes are even.
+
+    Args:
+      logits: [B, C] or [B, C, *S].
+    """
+    p = F.softmax(_wide(logits), 1)
+    p = ranks.batch_mean(p, 0, *range(2, p.dim()))
+    return (p * (p + 1e-12).log()).sum()
+
+
+def balance_log10(logits: Tensor) -> Tensor:
+    """`balance_ln` with the logarithm to base 10: -log10 C where classes are even (DAFL, PRE-DFKD)."""
+    return balance_ln(logits) / math.log(10)
+
+
+def h_inst(logits: Tensor) -> Tensor:
+    """Mean entropy of softmax(logits) of each sample, in nats, 0 … ln C: low for confident images (DFQ)."""
+    log_p = F.log_softmax(_wide(logits), 1)
+    return -(log_p.exp() * log_p).sum(1).mean()
+
+
+def attention(features: Tensor) -> Tensor:
+    """Attention vector of a map: the channel mean of squared activations, flattened and of unit length (Zagoruyko & Komodakis 2017).
+
+    Args:
+      features: [B, K, h, w].
+    Returns:
+      [B, h·w] ≥ 0, at least fp32; zeros where the map is zero.
+    """
+    return F.normalize(_wide(features).square().mean(1).flatten(1), dim=1)
+
+
+def at(teacher: Tensor, student: Tensor) -> Tensor:
+    """Attention transfer as ZSKT's code has it: mean over batch and space of the squared difference of two attentions [B, n]."""
+    return (student - teacher).square().mean()
+
+
+def at_norm(teacher: Tensor, student: Tensor) -> Tensor:
+    """Attention transfer as ZSKT's paper has it: mean over the batch of the length of the difference of two attentions [B, n]."""
+    return torch.linalg.vector_norm(student - teacher, dim=1).mean()
+
+
+def l1(x: Tensor, y: Tensor) -> Tensor:
+    """Mean absolute difference of two tensors of one shape: pixels, features."""
+    return (_wide(x) - _wide(y)).abs().mean()
+
+
+def jsd(teacher: Tensor, student: Tensor, tau: float = 3.0, form: Literal["coded", "textbook"] = "coded") -> Tensor:
+    """Jensen-Shannon divergence of softmax(logits / tau), mean over the batch of the sum over classes (DeepInversion, Yin et al. 2020).
+
+    coded:    ½ KL(M ‖ P) + ½ KL(M ‖ Q) with M = (P + Q) / 2, then P, Q and M clamped to [.01, .99], as the released code has it: the
+              reverse of the textbook's, without a gradient to classes below 1 %.
+    textbook: ½ KL(P ‖ M) + ½ KL(Q ‖ M), nothing clamped; at most ln 2.
+
+    Args:
+      teacher, student: logits [B, C].
+    Returns:
+      [] of this rank's rows; symmetric in its arguments, gradient to both.
+    """
+    log_p, log_q = F.log_softmax(_wide(teacher) / tau, 1), F.log_softmax(_wide(student) / tau, 1)
+    if form == "textbook":
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        return 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(1).mean()
+    p, q = log_p.exp(), log_q.exp()
+    m = ((p + q) / 2).clamp(0.01, 0.99)
+    return 0.5 * (m * (2 * m.log() - p.clamp(0.01, 0.99).log() - q.clamp(0.01, 0.99).log())).sum(1).mean()
+
+
+def adv_jsd_elem(teacher: Tensor, student: Tensor, tau: float = 3.0, form: Literal["coded", "textbook"] = "coded") -> Tensor:
+    """1 - clamp(J, 0, 1), J the `jsd` of the global batch averaged over the classes too: low where the networks disagree (PRE-DFKD).
+
+    The mean over classes makes it C times weaker than `adv_compete`. As released, no gradient reaches the teacher's logits.
+
+    Args:
+      teacher, student: logits [B, C].
+    """
+    return 1 - (ranks.mean(jsd(teacher.detach(), student, tau, form)) / teacher.shape[1]).clamp(0, 1)
+
+
+def latent_prior(z: Tensor) -> Tensor:
+    """mean_d (var_d - 1)² + mean_d mean_d² of latents [B, d], mean and unbiased variance over the global batch; 0 at N(0, 1) (PRE-DFKD)."""
+    z = _wide(z)
+    n = z.shape[0] * ranks.world()
+    mean = ranks.batch_mean(z)
+    var = ranks.batch_mean((z - mean).square()) * (n / (n - 1))
+    return (var - 1).square().mean() + mean.square().mean()
+
+
+def kl_normal(mean: Tensor, logvar: Tensor) -> Tensor:
+    """mean_b -½ Σ_d (1 + logvar - mean² - exp(logvar)): KL(N(mean, exp logvar) ‖ N(0, 1)) of a variational encoder's [B, d]."""
+    mean, logvar = _wide(mean), _wide(logvar)
+    return -0.5 * (1 + logvar - mean.square() - logvar.exp()).sum(1).mean()

@@ -205,9 +205,9 @@ class Method:
         """A generator of `models` on the run's device, for the given or the nominal image shape."""
         return self.place(models.generator(name, nz, shape or self.shape, **kw))
 
-    def encoder(self, name: str, nz: int) -> nn.Module:
+    def encoder(self, name: str, nz: int, **kw: Any) -> Any:
         """An encoder of `models` on the run's device."""
-        return self.place(models.encoder(name, nz, self.shape))
+        return self.place(models.encoder(name, nz, self.shape, **kw))
 
     def place(self, net: Net) -> Net:
         """A new network on the run's device, channels_last."""
@@ -264,9 +264,17 @@ class Method:
         self._step((opt,), params, grads, self._finite(grads))
 
     def gradients(self, loss: Tensor, params: list[Tensor], create_graph: bool = False, retain_graph: bool | None = None) -> list[Tensor]:
-        """Gradients of a local loss for `params`, reduced over ranks, without a step (latent tuning, inner steps)."""
+        """Gradients of a local loss for `params`, without a step (latent tuning, inner steps); differentiable with `create_graph`.
+
+        Those of shared parameters are reduced over ranks, in one flat all-reduce.
+        """
         grads = self._grads(loss, params, create_graph, retain_graph)
-        return [g if _own_rows(p) else ranks.total(g) for p, g in zip(params, grads, strict=True)]
+        shared = [g for p, g in zip(params, grads, strict=True) if not _own_rows(p)]
+        if ranks.world() == 1 or not shared:
+            return grads
+        flat = ranks.total(torch.cat([g.reshape(-1) for g in shared]))
+        pieces = iter(flat.split([g.numel() for g in shared]))
+        return [g if _own_rows(p) else next(pieces).view_as(g).to(g.dtype) for p, g in zip(params, grads, strict=True)]
 
     @staticmethod
     def _grads(loss: Tensor, params: list[Tensor], create_graph: bool = False, retain_graph: bool | None = None) -> list[Tensor]:

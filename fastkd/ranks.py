@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastkd.errors import ConfigError
+
 
 def world() -> int:
     """Number of ranks; 1 without a process group."""
@@ -79,14 +81,33 @@ def max(x: Tensor) -> Tensor:
     return out
 
 
+def barrier() -> None:
+    """Wait until all ranks are here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def odd_ones(fingerprint: bytes) -> list[int]:
+    """Ranks whose `fingerprint` (equally many bytes on each) is not that of rank 0; the same list on all of them."""
+    if world() == 1:
+        return []
+    mine = torch.frombuffer(bytearray(fingerprint), dtype=torch.uint8)
+    all_ = [torch.empty_like(mine) for _ in range(world())]
+    dist.all_gather(all_, mine)
+    return [r for r, other in enumerate(all_) if not torch.equal(other, all_[0])]
+
+
 def rows(batch: int) -> range:
     """Row numbers of a global batch that this rank holds.
 
     Raises:
-      ValueError: `batch` is not a multiple of the number of ranks.
+      ConfigError: `batch` is not a multiple of the number of ranks.
     """
     if batch % world():
-        raise ValueError(f"a global batch of {batch} rows cannot be dealt to {world()} ranks; use a multiple of {world()}")
+        near = (round(batch / world()) or 1) * world()
+        raise ConfigError(
+            f"a global batch of {batch} rows cannot be dealt to {world()} ranks; expected a multiple of {world()} (nearest: {near})."
+        )
     return range(rank(), batch, world())
 
 

@@ -21,7 +21,7 @@ def derive(*key: object) -> int:
 
 
 class Rng:
-    """Random numbers of a run. One generator a stream lives as long as the run and is re-seeded, never replaced.
+    """Random numbers of a run. One generator (or counter) a stream lives as long as the run and is re-seeded, never replaced.
 
     Args:
       device: where the draws are made and returned.
@@ -31,6 +31,7 @@ class Rng:
     def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
         self.device, self.dtype = torch.device(device), dtype
         self._streams: dict[str, torch.Generator] = {}
+        self._counters: dict[str, Tensor] = {}
         self._key: tuple[object, ...] = (0, -1, "build", 0)
 
     def at(self, seed: int, epoch: int, step: str, occurrence: int) -> None:
@@ -38,6 +39,8 @@ class Rng:
         self._key = (seed, epoch, step, occurrence)
         for name, generator in self._streams.items():
             generator.manual_seed(derive(*self._key, name))
+        for name, counter in self._counters.items():
+            self._restart(counter, name)
         torch.manual_seed(derive(*self._key, "torch"))
 
     def whole(self, name: str = "") -> torch.Generator:
@@ -46,6 +49,21 @@ class Rng:
             self._streams[name] = torch.Generator(self.device)
             self._streams[name].manual_seed(derive(*self._key, name))
         return self._streams[name]
+
+    def counter(self, name: str = "") -> Tensor:
+        """The key of a stream of counter-based draws (`ops.philox_uniform`): [2] int64, (seed, offset), the same on all ranks.
+
+        It lives on the device as long as the run, so a CUDA graph can hold it; `at` re-seeds it in place. Who draws n numbers adds
+        n to the offset.
+        """
+        if name not in self._counters:
+            self._counters[name] = torch.zeros(2, dtype=torch.int64, device=self.device)
+            self._restart(self._counters[name], name)
+        return self._counters[name]
+
+    def _restart(self, counter: Tensor, name: str) -> None:
+        counter[0] = derive(*self._key, name)
+        counter[1] = 0
 
     def _size(self, batch: int | Tensor) -> int:
         return batch if isinstance(batch, int) else batch.shape[0] * ranks.world()

@@ -25,10 +25,15 @@ class Recording(TorchDispatchMode):
     def replay(self) -> None:
         for func, args, kwargs, out in self.calls:
             again = func(*args, **kwargs)
-            inputs = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+            inputs = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if _has_memory(t)}
             for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
-                if isinstance(old, torch.Tensor) and old.untyped_storage().data_ptr() not in inputs:
+                if _has_memory(old) and old.untyped_storage().data_ptr() not in inputs:
                     old.copy_(new)
+
+
+def _has_memory(x: Any) -> bool:
+    """Not so the zeros that stand for a missing gradient of a gradient."""
+    return isinstance(x, torch.Tensor) and not x._is_zerotensor()
 
 
 SYNCHRONISING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero", "aten::unique_dim"}

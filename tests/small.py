@@ -17,7 +17,9 @@ from fastkd.rng import Rng
 
 FIELDS: dict[str, Any] = {
     **{"epochs": 3, "warmup": 1, "batch": 12, "kd_batch": 8, "kd_steps": 3, "g_steps": 2, "g_loops": 1, "gwp_loops": 2, "g_life": 2},
+    **{"iterations": 2, "s_steps": 2, "milestones": (1,)},
     **{"hidden": 16, "nz": 8, "loops": 1, "n_images": 24, "reset_l0_at": 2, "lr": 0.05, "lr_g": 1e-3},
+    **{"vae_steps": 1, "replay_batch": 4, "bank_batch": 4, "bank_slots": 2, "push_period": 1},
 }
 """Values for whichever of these fields a method has."""
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -31,7 +33,24 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("nayer", {"batch": 2}),
     ("fast", {"meta": "reptile", "reptile": 1.0, "generator_name": "g_deep", "meta_latent": True, "redraw_every": 2, "loops": 2}),
     ("fast", {"meta": "none", "pool_select": "last"}),
+    ("dafl", {"variant": "zju", "aug": "crop_flip", "generator_name": "g_large", "gen_mode_in_kd": "eval"}),
+    ("dafl", {"optimiser": "adam", "entropy_log": "e", "bn_eps": 1e-5, "a": 0.0}),
+    ("dfq", {"variant": "original", "alpha_schedule": "linear", "cosine_in_warmup": True}),
+    ("dfad", {"variant": "zju", "student_mode_in_g": "train"}),
+    ("dfad", {"adv_form": "log_l1", "sched_step": "before", "generator_name": "g_dfad_b"}),
+    ("zskt", {"variant": "zju"}),
+    ("zskt", {"s_batch": "fresh", "kl_reduction": "batchmean", "at_form": "norms", "schedule": "steps", "g_steps": 2}),
+    ("zskt", {"s_batch": "before_g", "beta": 0.0, "student_mode_in_g": "eval", "grad_clip": 0.0}),
+    ("mad", {"conditional": True, "norm": 0.1, "mix": "full", "ema_buffers": "copy", "s_batch": "fresh"}),
+    ("mad", {"z_shared": True, "ema_update": 2, "g_steps": 2, "beta": 10.0}),
     ("noise", {"kind": "uniform"}),
+    ("pre", {"leak_latent_grad": False, "feat_recon": True, "replay_dtype": "bf16", "jsd": "textbook"}),
+    ("pre", {"latent_sharing": True, "student_mode_in_g": "eval", "generator_name": "g_dafl"}),
+    ("mb", {"match": "prior+bn", "bn_form": "gauss_kl", "read": "images"}),
+    ("mb", {"bank_slots": 0}),
+    ("lra", {"replay": "vae", "bn_in_inner": "keep"}),
+    ("lra", {"order": "first"}),
+    ("lra", {"meta_grad_to_theta": False}),
 ]
 """Every method, and the switches that change its steps."""
 
@@ -43,7 +62,7 @@ def ident(variant: tuple[str, dict[str, Any]]) -> str:
 
 def small(name: str, over: dict[str, Any] | None = None) -> Method:
     """A method with small settings."""
-    cls = methods.method_class(name)
+    cls = methods.method_class(name, over)
     known = {f.name for f in dataclasses.fields(cls)}
     return cls(**{k: v for k, v in {**FIELDS, **(over or {})}.items() if k in known or k in (over or {})})
 

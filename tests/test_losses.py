@@ -111,3 +111,158 @@ def test_half_precision_is_computed_in_fp32(logits):
     t, s = (torch.tensor(x).bfloat16() for x in logits)
     for value in (losses.kl_tau(t, s, 4.0), losses.adv_masked_kl(t, s), losses.l1_logit(t, s)):
         assert value.dtype == torch.float32
+    for loss in (losses.pseudo_label, losses.act, losses.balance_ln, losses.h_inst):
+        assert loss(t).dtype == torch.float32
+
+
+def test_kl_elem_is_batchmean_over_classes(logits):
+    t, s = logits
+    for tau in (1.0, 4.0):
+        p, q = softmax(t, tau), softmax(s, tau)
+        expected = (p * (np.log(p) - np.log(q))).mean()
+        assert losses.kl_elem(torch.tensor(t), torch.tensor(s), tau).item() == pytest.approx(expected, rel=1e-12)
+    whole = losses.kl_tau(torch.tensor(t), torch.tensor(s), 1.0)
+    torch.testing.assert_close(5 * losses.kl_elem(torch.tensor(t), torch.tensor(s)), whole)
+
+
+def test_adversaries_are_the_distances_negated(logits):
+    t, s = (torch.tensor(x, requires_grad=True) for x in logits)
+    d = np.abs(logits[0] - logits[1]).mean()
+    p, q = softmax(logits[0]), softmax(logits[1])
+    kl = (p * (np.log(p) - np.log(q))).sum(1).mean()
+    for value, expected in (
+        (losses.adv_kl(t, s), -kl),
+        (losses.adv_l1(t, s), -d),
+        (losses.adv_log_l1(t, s), -np.log(d + 1)),
+    ):
+        assert value.item() == pytest.approx(expected, rel=1e-12)
+        assert all(g.abs().max() > 1e-4 for g in torch.autograd.grad(value, [t, s]))
+    (plain,), (log,) = (torch.autograd.grad(f(t, s), [t]) for f in (losses.adv_l1, losses.adv_log_l1))
+    torch.testing.assert_close(log, plain / (d + 1))
+    assert losses.adv_l1(t, t) == losses.adv_kl(t, t) == losses.adv_log_l1(t, t) == 0
+
+
+def test_pseudo_label_is_the_surprise_of_the_named_class(logits):
+    t = torch.tensor(logits[0], requires_grad=True)
+    value = losses.pseudo_label(t)
+    assert value.item() == pytest.approx(-np.log(softmax(logits[0]).max(1)).mean()) and value > 0
+    assert torch.autograd.grad(value, t)[0].abs().max() > 1e-3
+
+
+def test_act():
+    f = np.random.default_rng(2).normal(size=(3, 7))
+    assert losses.act(torch.tensor(f)).item() == pytest.approx(-np.abs(f).mean())
+
+
+def test_balance(logits):
+    t = logits[0]
+    mean = softmax(t).mean(0)
+    assert losses.balance_ln(torch.tensor(t)).item() == pytest.approx((mean * np.log(mean)).sum())
+    assert losses.balance_log10(torch.tensor(t)).item() == pytest.approx((mean * np.log10(mean)).sum())
+    dense = torch.tensor(t).view(3, 2, 5).transpose(1, 2)  # two pixels an image: the same rows
+    torch.testing.assert_close(losses.balance_ln(dense), losses.balance_ln(torch.tensor(t)))
+
+
+@pytest.mark.parametrize("classes, least", [(10, -1), (100, -2)])
+def test_balance_has_its_minimum_where_classes_are_even(classes, least):
+    even = torch.eye(classes) * 1e3  # confident rows, one a class
+    assert losses.balance_log10(even).item() == pytest.approx(least) == losses.balance_log10(torch.zeros(4, classes)).item()
+    assert losses.balance_log10(torch.randn(8, classes)) > least
+    one = (torch.arange(classes) == 0) * 1e3 + torch.zeros(4, classes, requires_grad=True)  # every row the same class
+    value = losses.balance_ln(one)
+    assert value.abs() < 1e-9 and torch.autograd.grad(value, one)[0].isfinite().all()
+
+
+def test_h_inst(logits):
+    p = softmax(logits[0])
+    assert losses.h_inst(torch.tensor(logits[0])).item() == pytest.approx(-(p * np.log(p)).sum(1).mean())
+    assert losses.h_inst(torch.zeros(3, 5)).item() == pytest.approx(np.log(5)) and losses.h_inst(torch.eye(5) * 1e4) == 0
+
+
+def test_attention_transfer():
+    rng = np.random.default_rng(3)
+    a, b = rng.normal(size=(4, 6, 3, 2)), rng.normal(size=(4, 2, 3, 2))  # the numbers of channels may differ
+
+    def attention(x):
+        q = (x**2).mean(1).reshape(4, -1)
+        return q / np.sqrt((q**2).sum(1, keepdims=True))
+
+    t, s = losses.attention(torch.tensor(a)), losses.attention(torch.tensor(b))
+    np.testing.assert_allclose(t.numpy(), attention(a))
+    assert losses.at(t, s).item() == pytest.approx(((attention(a) - attention(b)) ** 2).mean())
+    assert losses.at_norm(t, s).item() == pytest.approx(np.sqrt(((attention(a) - attention(b)) ** 2).sum(1)).mean())
+    scaled = losses.attention(torch.tensor(a) * torch.tensor([0.1, 2.0, 7.0, 1e3])[:, None, None, None])
+    assert losses.at(t, scaled) < 1e-24 and losses.at(t, t) == 0
+
+
+def test_attention_of_a_dead_map_stays_finite():
+    x = torch.zeros(2, 3, 2, 2, requires_grad=True)
+    value = losses.at_norm(losses.attention(torch.zeros(2, 1, 2, 2)), losses.attention(x))
+    assert value == 0 and torch.autograd.grad(value, x)[0].isfinite().all()
+
+
+def coded_jsd(t, s, tau):
+    p, q = softmax(t, tau), softmax(s, tau)
+    m = np.clip((p + q) / 2, 0.01, 0.99)
+    p, q = np.clip(p, 0.01, 0.99), np.clip(q, 0.01, 0.99)
+    return 0.5 * (m * (np.log(m) - np.log(p))).mean() + 0.5 * (m * (np.log(m) - np.log(q))).mean()
+
+
+def textbook_jsd(t, s, tau):
+    p, q = softmax(t, tau), softmax(s, tau)
+    m = (p + q) / 2
+    return 0.5 * (p * (np.log(p) - np.log(m))).mean() + 0.5 * (q * (np.log(q) - np.log(m))).mean()
+
+
+@pytest.mark.parametrize("tau", [1.0, 3.0])
+@pytest.mark.parametrize("form, expected", [("coded", coded_jsd), ("textbook", textbook_jsd)])
+def test_adv_jsd_elem(logits, tau, form, expected):
+    t, s = (torch.tensor(x) for x in logits)
+    value = losses.adv_jsd_elem(t, s, tau, form)
+    assert value.item() == pytest.approx(1 - min(max(expected(*logits, tau), 0), 1), rel=1e-12)
+    torch.testing.assert_close(value, losses.adv_jsd_elem(s, t, tau, form))
+    assert losses.adv_jsd_elem(t, t + 1, tau, form).item() == pytest.approx(1)
+    assert abs(coded_jsd(*logits, tau) - textbook_jsd(*logits, tau)) > 1e-3  # the two forms differ
+
+
+def test_adv_jsd_elem_has_no_gradient_for_the_teacher_and_none_below_one_percent():
+    t = torch.tensor([[8.0, 0.0, -8.0], [1.0, 0.5, 0.0]], requires_grad=True)
+    q = torch.tensor([[0.7, 0.295, 0.005], [0.3, 0.3, 0.4]])
+    s = q.log().requires_grad_()  # probabilities q at tau 1
+    value = losses.adv_jsd_elem(t, s, 1.0)
+    assert 0 <= value <= 1 and torch.autograd.grad(value, t, allow_unused=True, retain_graph=True)[0] is None
+    (g,) = torch.autograd.grad(value, s)
+    # d/ds_c = q_c (a_c - Σ_k q_k a_k) with a = dL/dq: solve for a, known up to a constant, and compare with finite differences in q.
+    p = softmax(t.detach().numpy())
+
+    def by_probability(q):
+        m = np.clip((p + q) / 2, 0.01, 0.99)
+        return 1 - 0.5 * (m * (2 * np.log(m) - np.log(np.clip(p, 0.01, 0.99)) - np.log(np.clip(q, 0.01, 0.99)))).mean()
+
+    a = np.zeros((2, 3))
+    for i, c in np.ndindex(2, 3):
+        d = np.zeros((2, 3))
+        d[i, c] = 1e-6
+        a[i, c] = (by_probability(q.numpy() + d) - by_probability(q.numpy() - d)) / 2e-6
+    assert a[0, 2] == 0 and np.abs(a[1]).min() > 1e-4  # clamped in Q and M: no gradient at all
+    expected = q.numpy() * (a - (q.numpy() * a).sum(1, keepdims=True))
+    np.testing.assert_allclose(g.numpy(), expected, atol=1e-8)
+
+
+def test_latent_prior():
+    z = np.random.default_rng(0).normal(size=(6, 4)) * 2 + 0.5
+    expected = ((z.var(0, ddof=1) - 1) ** 2).mean() + (z.mean(0) ** 2).mean()
+    assert losses.latent_prior(torch.tensor(z)).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_kl_normal():
+    rng = np.random.default_rng(0)
+    mean, logvar = rng.normal(size=(5, 3)), rng.normal(size=(5, 3))
+    expected = (-0.5 * (1 + logvar - mean**2 - np.exp(logvar))).sum(1).mean()
+    assert losses.kl_normal(torch.tensor(mean), torch.tensor(logvar)).item() == pytest.approx(expected, rel=1e-12)
+    assert losses.kl_normal(torch.zeros(2, 3), torch.zeros(2, 3)) == 0
+
+
+def test_l1(logits):
+    x, y = logits
+    assert losses.l1(torch.tensor(x), torch.tensor(y)).item() == pytest.approx(np.abs(x - y).mean())

@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from fastkd import ranks
+from fastkd.errors import ConfigError
 
 
 def worker(rank, world, folder):
@@ -54,5 +55,5 @@ def test_one_rank_is_plain_torch():
 
 def test_rows_that_cannot_be_dealt_are_refused(monkeypatch):
     monkeypatch.setattr(ranks, "world", lambda: 3)
-    with pytest.raises(ValueError, match="10 rows cannot be dealt to 3 ranks"):
+    with pytest.raises(ConfigError, match=r"10 rows cannot be dealt to 3 ranks.*nearest: 9"):
         ranks.rows(10)

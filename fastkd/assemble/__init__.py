@@ -37,19 +37,24 @@ __all__ = [
 ]
 
 
-def distil(config: RunConfig, out: Path | None, *, resume: str = "no", listeners: Sequence[Listener] = ()) -> Outcome:
+def distil(
+    config: RunConfig, out: Path | None, *, resume: str = "no", listeners: Sequence[Listener] = (), time_limit: float | None = None
+) -> Outcome:
     """Distil a student. `resume`: no, must (refuse where nothing can be resumed) or auto (start where nothing is there).
 
+    Args:
+      time_limit: seconds after which the run stops with a checkpoint, or None.
     Raises:
       FastkdError: one sentence; the exit code is its class's.
     """
-    return execute(make_job(config), out, resume=resume, listeners=listeners)
+    return execute(make_job(config), out, resume=resume, listeners=listeners, time_limit=time_limit)
 
 
-def dry_run(config: RunConfig) -> dict[str, Any]:
-    """Every kind of step on fake tensors of the real sizes; see `engine.dry.walk`. Nothing is written."""
+def dry_run(config: RunConfig, world: int = 1) -> dict[str, Any]:
+    """Every kind of step on fake tensors of the real sizes, as one of `world` ranks; see `engine.dry.walk`. Nothing is written."""
     job = make_job(config, fake=True)
-    return {**dry.walk(job.method, job.given, precision=job.precision, global_bn=job.global_bn), "notes": job.notes, "config": job.config}
+    walked = dry.walk(job.method, job.given, precision=job.precision, global_bn=job.global_bn, world=world)
+    return {**walked, "notes": job.notes, "config": job.config}
 
 
 def evaluate(network: TeacherConfig, spec: str, *, device: str = "auto", limit: int | None = None) -> dict[str, Any]:

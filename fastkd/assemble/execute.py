@@ -1,7 +1,11 @@
-"""Runs a job in its folder: configuration and environment before the first step, network and summary after the last."""
+"""Runs a job in its folder: configuration and environment before the first step, network and summary after the last.
+
+With several ranks all of them walk the same way; rank 0 alone touches the folder.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -15,14 +19,14 @@ from typing import Any
 import torch
 
 import fastkd
-from fastkd import models, ops
+from fastkd import models, ops, ranks
 from fastkd.assemble.job import Job
 from fastkd.config import SAFE_ON_RESUME
 from fastkd.engine import evaluation, loop, signals
-from fastkd.engine.checkpoint import write_atomic
-from fastkd.engine.events import Events, Listener, curve
+from fastkd.engine.events import Events, Heartbeat, Listener, curve, final
 from fastkd.engine.folder import locked, prepare, refuse
 from fastkd.errors import CheckpointError, ConfigError, PlaceError
+from fastkd.files import write_atomic
 
 
 @dataclass
@@ -34,21 +38,61 @@ class Outcome:
     summary: dict[str, Any]
 
 
-def execute(job: Job, out: Path | None, *, resume: str, listeners: Sequence[Listener]) -> Outcome:
-    """Run a job in its folder: lock, configuration and environment before the first step, network and summary after the last."""
-    if out is None:
-        loop.prepare(job.method, job.given, global_bn=job.global_bn)
-        return _execute(job, None, resume=False, listeners=listeners)
-    found = any((out / "checkpoints").glob("step-*"))
-    if resume == "must" and not found:
-        raise CheckpointError(f"nothing to resume in '{out}': no checkpoint is there; start it with --resume=auto, or with a new --out.")
-    refuse(out, resume=resume != "no")
-    if found:
-        refuse_changes(out, job.config)
+def execute(job: Job, out: Path | None, *, resume: str, listeners: Sequence[Listener], time_limit: float | None = None) -> Outcome:
+    """Run a job in its folder: lock, configuration and environment before the first step, network and summary after the last.
+
+    Args:
+      time_limit: seconds after which the run stops with a checkpoint, or None.
+    """
+    first = ranks.rank() == 0
+    if out is not None and first:
+        if resume == "must" and not _has_checkpoints(out):
+            raise CheckpointError(nothing_to_resume(out))
+        refuse(out, resume=resume != "no")
+        if _has_checkpoints(out):
+            refuse_changes(out, job.config)
     loop.prepare(job.method, job.given, global_bn=job.global_bn)  # a method that refuses leaves no folder behind
-    prepare(out, resume=resume != "no")
-    with locked(out):
-        return _execute(job, out, resume=found, listeners=listeners)
+    refuse_different_ranks(job)
+    with contextlib.ExitStack() as stack:
+        if out is not None and first:
+            prepare(out, resume=resume != "no")
+            stack.enter_context(locked(out))
+        ranks.barrier()
+        return _execute(job, out, resume=out is not None and _has_checkpoints(out), listeners=listeners, time_limit=time_limit)
+
+
+def nothing_to_resume(out: Path) -> str:
+    return f"nothing to resume in '{out}': no checkpoint is there; start it with --resume=auto, or with a new --out."
+
+
+def _has_checkpoints(out: Path) -> bool:
+    return any((out / "checkpoints").glob("step-*"))
+
+
+def refuse_different_ranks(job: Job) -> None:
+    """Compare what must be equal on all ranks before the first step, such as the file that each found under the teacher's path.
+
+    Raises:
+      ConfigError: something differs; it and the odd ranks are named.
+    """
+    if ranks.world() == 1:
+        return
+    networks = {"teacher": job.given.teacher, "student": job.given.student}
+    parts = {"configuration": config_hash(job.config).encode(), "versions": json.dumps(versions()).encode()}
+    parts |= {name: _fingerprint(net) for name, net in networks.items()}
+    for name, content in parts.items():
+        odd = ranks.odd_ones(hashlib.sha256(content).digest())
+        if odd:
+            who = ", ".join(map(str, odd))
+            raise ConfigError(f"the {name} of rank {who} is not that of rank 0; give all ranks the same files and code.")
+
+
+def _fingerprint(net: torch.nn.Module | None) -> bytes:
+    digest = hashlib.sha256()
+    for name, t in net.state_dict().items() if net is not None else ():
+        digest.update(name.encode())
+        digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.digest()
 
 
 def refuse_changes(out: Path, config: dict[str, Any]) -> None:
@@ -77,9 +121,11 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _execute(job: Job, out: Path | None, *, resume: bool, listeners: Sequence[Listener]) -> Outcome:
+def _execute(job: Job, out: Path | None, *, resume: bool, listeners: Sequence[Listener], time_limit: float | None) -> Outcome:
     began = time.monotonic()
-    events = Events(out, list(listeners))
+    first = ranks.rank() == 0
+    events = Events(out if first else None, list(listeners) if first else [])
+    events.listeners.append(Heartbeat(events))
     method, given = job.method, job.given
     notes = [*job.notes, *method.notes()]
     settings = loop.Settings(
@@ -94,26 +140,27 @@ def _execute(job: Job, out: Path | None, *, resume: bool, listeners: Sequence[Li
         student_metadata=job.metadata,
         about={"config": config_hash(job.config), "method": job.name, "teacher": job.teacher_sha256, "versions": versions()},
     )
-    if out is not None and not resume:
-        _write_json(out / "config.json", job.config)
-    if out is not None:
+    if out is not None and first:
+        if not resume:
+            _write_json(out / "config.json", job.config)
         _write_json(out / "environment.json", environment())
     teacher_top1 = None
-    if job.test is not None and given.teacher is not None:
+    if job.test is not None and given.teacher is not None:  # all ranks share the work
         teacher_top1 = evaluation.accuracy(given.teacher, job.test, given.mean, given.std).top1
     facts = {**job.facts, "teacher": {**job.facts.get("teacher", {}), "top1": teacher_top1}}
     events.write("start", method=job.name, **facts, device=str(given.device), precision=job.precision, epochs=method.epochs, notes=notes)
     events.status("running")
     try:
-        with signals.watched() as stop:
+        with signals.watched(time_limit) as stop:
             code = loop.run(method, settings, events, out, stop, resume=resume)
         summary = _summary(job, facts, notes, events, out, time.monotonic() - began)
-        if code == loop.DONE and out is not None:
+        if code == loop.DONE and out is not None and first:
             top1 = summary["student"].get("top1")
             last = {**job.metadata, **({"accuracy": f"{top1:.6f}"} if top1 is not None else {})}
             models.save_weights(out / job.out_name, loop.student_tensors(method.student), last)
     except BaseException as e:
-        events.status("fatal", code=getattr(e, "exit_code", 1), reason=str(e))
+        if out is not None and final(out) is None:  # another rank may have said why already; what follows here is a consequence
+            events.status("fatal", code=getattr(e, "exit_code", 1), reason=str(e))
         raise
     events.status("done" if code == loop.DONE else "preempted", code=code)
     events.write("done" if code == loop.DONE else "stopped", code=code, summary=summary)
@@ -121,7 +168,7 @@ def _execute(job: Job, out: Path | None, *, resume: bool, listeners: Sequence[Li
 
 
 def _summary(job: Job, facts: dict[str, Any], notes: list[str], events: Events, out: Path | None, wall: float) -> dict[str, Any]:
-    epochs = curve(out / "events.jsonl") if out is not None else events.epochs
+    epochs = curve(out / "events.jsonl") if out is not None and ranks.rank() == 0 else events.epochs
     scores = [e["top1"] for e in epochs if e.get("trained") and "top1" in e]
     seconds: dict[str, float] = {}
     for e in epochs:
@@ -176,6 +223,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
+        "ranks": ranks.world(),
         "cuda": torch.version.cuda,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "ops": ops.table(),

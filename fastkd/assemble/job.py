@@ -45,13 +45,13 @@ class Job:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of a name; `auto` is the first GPU where there is one.
+    """The device of a name; `auto` is a GPU where there is one. Without a number it is the current one, a rank's own.
 
     Raises:
       ConfigError: not a device name. PlaceError: no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -62,7 +62,7 @@ def resolve_device(name: str) -> torch.device:
         raise PlaceError(
             f"device '{name}' is not there: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; use --device cpu."
         )
-    return device
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
 
 
 def resolve_precision(name: str | None, device: torch.device) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -69,6 +70,21 @@ class Numbers(click.ParamType):
         if not found or not all(map(math.isfinite, found)):
             self.fail(f"{value!r} is not a list of finite numbers; expected one a channel, such as 0.485,0.456,0.406", param, ctx)
         return found
+
+
+class Duration(click.ParamType):
+    """A time such as 90s, 45m, 3h50m or 1d; seconds."""
+
+    name = "duration"
+    UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", str(value))
+        if not parts or "".join(n + unit for n, unit in parts) != str(value):
+            self.fail(f"{value!r} is not a time; expected one such as 90s, 45m, 3h50m or 1d", param, ctx)
+        return sum(float(n) * self.UNITS[unit] for n, unit in parts)
 
 
 def method_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:

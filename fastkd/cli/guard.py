@@ -42,7 +42,7 @@ def guarded(run: Callable[[], Any]) -> int:
             return _say(f"{os.strerror(e.errno or 0).lower()}: '{e.filename}'; choose a place with room and write permission.", e, PLACE)
         return _unexpected(e)
     except Exception as e:
-        if _no_memory(e):
+        if no_memory(e):
             return _say(f"out of memory ({_first(e)[:160] or type(e).__name__}); lower method.batch or method.kd_batch.", e, OUT_OF_MEMORY)
         return _unexpected(e)
     return code if isinstance(code, int) else 0
@@ -59,7 +59,7 @@ def _first(e: BaseException) -> str:
     return (str(e).splitlines() or [""])[0]
 
 
-def _no_memory(e: Exception) -> bool:
+def no_memory(e: Exception) -> bool:
     """Whether memory ran out; torch says it in a RuntimeError on the CPU and in a class of its own on a GPU."""
     if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError":
         return True

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastkd.cli.common import Numbers, data_word, emit, method_names, model_names, out_folder, recipe_names, say, stored, table, verb
+from fastkd.cli import several
+from fastkd.cli.common import (
+    Duration,
+    Numbers,
+    data_word,
+    emit,
+    method_names,
+    model_names,
+    out_folder,
+    recipe_names,
+    say,
+    stored,
+    table,
+    verb,
+)
+from fastkd.engine import launch
 from fastkd.errors import ConfigError, FastkdError
 
 if TYPE_CHECKING:
@@ -53,6 +69,10 @@ STOPPED = 75
     "--resume", is_flag=False, flag_value="must", default="no", type=click.Choice(["must", "auto", "no"]),
     help="Continue the run in --out. --resume=auto: or start it, where there is none (for job scripts).",
 )  # fmt: skip
+@click.option("--gpus", type=click.IntRange(1), metavar="N", help="Ranks on this machine, one a GPU; with --device cpu, on the CPU.")
+@click.option("--launcher", type=click.Choice(launch.LAUNCHERS), default="auto", help="auto: join torchrun's ranks; slurm: srun's.")
+@click.option("--max-restarts", type=click.IntRange(0), default=3, metavar="N", help="Restarts of all ranks after a crash (--gpus).")
+@click.option("--time-limit", type=Duration(), metavar="TIME", help="Stop with a checkpoint after 90s, 45m, 3h50m, 1d.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print steps and memory, run nothing.")
 @click.option("--mean", type=Numbers(), help="The teacher's normalisation, for inputs in [0, 1].")
 @click.option("--std", type=Numbers(), help="As --mean.")
@@ -61,7 +81,8 @@ STOPPED = 75
 @click.option("--channels", type=int, metavar="N", help="Image channels.")
 @click.option("--class-names", metavar="FILE", help="One class name a line, or a JSON list.")
 def command(
-    recipe: str | None, sets: tuple[str, ...], out: Path | None, resume: str, dry_run: bool, as_json: bool, **options: Any
+    recipe: str | None, sets: tuple[str, ...], out: Path | None, resume: str, dry_run: bool, as_json: bool,
+    gpus: int | None, launcher: str, max_restarts: int, time_limit: float | None, **options: Any,
 ) -> int:  # fmt: skip
     """Distil a teacher into a student without the teacher's training data.
 
@@ -76,10 +97,32 @@ def command(
         raise ConfigError("--resume does not say which run; expected --out DIR with the folder of the run to continue.")
     config = configuration(recipe, table(KEYS, options), sets, out if resume != "no" else None, resume)
     if dry_run:
-        return plan(config, as_json)
+        return plan(config, gpus or 1, as_json)
+    rank = launch.is_rank(launcher)
+    if out is None and rank:
+        raise ConfigError("several ranks need one folder that all of them see; expected --out DIR.")
     if out is None:
         out = out_folder(f"{config.method.get('name', 'muse')}-{data_word(config.data)}")
-    return distil(config, out, resume, as_json)
+    if rank:
+        return several.one_of_them(config, out, lambda: distil(config, out, resume_of_rank(resume), as_json, time_limit))
+    if gpus and gpus > 1:
+        words = [*again_words(recipe, sets, options), *(["--time-limit", f"{time_limit:g}s"] if time_limit else [])]
+        return several.launched(config, gpus, words, out, resume, max_restarts, as_json)
+    return distil(config, out, resume, as_json, time_limit)
+
+
+def resume_of_rank(resume: str) -> str:
+    """A rank that is started again goes on where the last checkpoint is, whatever the command said the first time."""
+    return "auto" if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) else resume
+
+
+def again_words(recipe: str | None, sets: tuple[str, ...], options: dict[str, Any]) -> list[str]:
+    """The options that decide a run, as the words of a command line."""
+    words = ["--recipe", recipe] if recipe else []
+    for name, value in options.items():
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)]
+    return words + [word for key in sets for word in ("--set", key)]
 
 
 def configuration(recipe: str | None, options: dict[str, Any], sets: tuple[str, ...], continued: Path | None, resume: str) -> RunConfig:
@@ -113,17 +156,19 @@ def again(config: RunConfig, out: Path) -> str:
     return shlex.join(words)
 
 
-def distil(config: RunConfig, out: Path, resume: str, as_json: bool) -> int:
+def distil(config: RunConfig, out: Path, resume: str, as_json: bool, time_limit: float | None = None) -> int:
     """Run, show it, say how it ended and how to go on."""
-    from fastkd import assemble
+    from fastkd import assemble, ranks
     from fastkd.cli import summary, terminal
 
     with terminal.listener(out) as show:
         try:
-            outcome = assemble.distil(config, out, resume=resume, listeners=[show])
+            outcome = assemble.distil(config, out, resume=resume, listeners=[show], time_limit=time_limit)
         except BaseException as e:
             tell_how_to_continue(e, again(config, out), out)
             raise
+    if ranks.rank():
+        return outcome.code  # rank 0 speaks
     if as_json:
         emit({"code": outcome.code, "out": str(out), **outcome.summary})
     else:
@@ -145,12 +190,12 @@ def tell_how_to_continue(e: BaseException, how: str, out: Path) -> None:
         e.add_note(f"continue from the last checkpoint with: {how}")
 
 
-def plan(config: RunConfig, as_json: bool) -> int:
+def plan(config: RunConfig, gpus: int, as_json: bool) -> int:
     """What a run would do."""
     from fastkd import assemble
     from fastkd.cli import summary
 
-    planned = assemble.dry_run(config)
+    planned = assemble.dry_run(config, gpus)
     if as_json:
         emit(planned)
     else:

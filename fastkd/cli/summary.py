@@ -98,7 +98,8 @@ def show_plan(planned: dict[str, Any]) -> None:
         rows.append((s["step"], s["phase"], shown, f"{s['times']:,}"))
     print_table(("step", "phase", "arguments", ">times"), rows)
     parts = sorted(planned["bytes"].items(), key=lambda item: -item[1])
-    print_table(("held for the whole run", ">memory"), [*((name, size(n)) for name, n in parts), ("all", size(sum(n for _, n in parts)))])
+    held = "held for the whole run" + (f", on each of {planned['ranks']} ranks" if planned.get("ranks", 1) > 1 else "")
+    print_table((held, ">memory"), [*((name, size(n)) for name, n in parts), ("all", size(sum(n for _, n in parts)))])
     lines: list[tuple[str, object]] = [("epochs", planned["epochs"])]
     if "total" in planned:
         lines.append(("steps", f"{planned['total']:,}"))

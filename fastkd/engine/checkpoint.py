@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from fastkd.errors import CheckpointError
+from fastkd.files import fsync_folder, tensor_bytes, write_atomic, write_file
 
 SCHEMA = 1
 
@@ -36,35 +37,6 @@ class Saved:
         """(epoch, step of that epoch) at which the run goes on."""
         epoch, step = self.manifest["position"]
         return epoch, step
-
-
-def fsync_folder(path: Path) -> None:
-    """Make a rename inside `path` durable."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def write_file(path: Path, data: bytes) -> dict[str, Any]:
-    """Write and fsync; returns the manifest's entry."""
-    with open(path, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace `path` in one rename, durable when this returns; an older file stays whole if anything fails."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        write_file(temporary, data)
-        os.replace(temporary, path)
-        fsync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _digest(manifest: dict[str, Any]) -> str:
@@ -89,13 +61,13 @@ def write(
       OSError: nothing was written; older checkpoints are as they were.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    final, temporary = folder / f"step-{number:08d}", folder / f".tmp-step-{number:08d}-{os.getpid()}"
+    final, temporary = folder / name_of(number), folder / f".tmp-step-{number:08d}-{os.getpid()}"
     try:
         temporary.mkdir()
         files = {
-            "state.safetensors": write_file(temporary / "state.safetensors", save(tensors)),
+            "state.safetensors": write_file(temporary / "state.safetensors", tensor_bytes(tensors)),
             "state.json": write_file(temporary / "state.json", json.dumps(numbers, sort_keys=True).encode()),
-            "student.safetensors": write_file(temporary / "student.safetensors", save(student, metadata=student_metadata)),
+            "student.safetensors": write_file(temporary / "student.safetensors", tensor_bytes(student, student_metadata)),
         }
         manifest = {"schema": SCHEMA, "step": number, "position": list(position), "files": files, **about}
         write_file(temporary / "manifest.json", json.dumps({**manifest, "digest": _digest(manifest)}, indent=1).encode())
@@ -109,6 +81,11 @@ def write(
     write_atomic(folder / "LATEST", f"{final.name}\n".encode())
     prune(folder, keep)
     return final
+
+
+def name_of(number: int) -> str:
+    """Folder name of the checkpoint after `number` steps."""
+    return f"step-{number:08d}"
 
 
 def listed(folder: Path) -> list[Path]:
@@ -151,6 +128,17 @@ def verify(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def read(path: Path) -> Saved:
+    """A checkpoint that verifies.
+
+    Raises:
+      ValueError: the first thing that is wrong with it.
+    """
+    manifest = verify(path)
+    tensors = load((path / "state.safetensors").read_bytes())
+    return Saved(path, manifest, tensors, json.loads((path / "state.json").read_bytes()))
+
+
 def newest(folder: Path, said: list[str]) -> Saved | None:
     """The newest checkpoint that verifies, or None where there are none at all. Damaged ones are set aside and named in `said`.
 
@@ -160,9 +148,7 @@ def newest(folder: Path, said: list[str]) -> Saved | None:
     tried = []
     for path in listed(folder):
         try:
-            manifest = verify(path)
-            tensors = load((path / "state.safetensors").read_bytes())
-            return Saved(path, manifest, tensors, json.loads((path / "state.json").read_bytes()))
+            return read(path)
         except ValueError as e:
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -13,9 +16,26 @@ from fastkd.errors import ConfigError
 from fastkd.method import Given, Method, steps
 
 
-def walk(method: Method, given: Given, *, precision: str = "fp32", global_bn: bool = True) -> dict[str, Any]:
+@contextlib.contextmanager
+def pretended(world: int) -> Iterator[None]:
+    """Be rank 0 of `world` ranks that are not there: collectives return at once, shapes are those of a rank."""
+    if world == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # torch ships it for dry runs such as this one
+
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def walk(method: Method, given: Given, *, precision: str = "fp32", global_bn: bool = True, world: int = 1) -> dict[str, Any]:
     """Build the method on fake tensors and run each distinct (step, arguments) once, in the order in which a run meets them.
 
+    Args:
+      world: how many ranks the run would have; what is returned is one rank's.
     Returns:
       steps: one row a kind of step: name, phase, arguments, how often a run takes it. bytes: of what `build` made, by attribute.
       epochs, total: numbers of epochs and steps.
@@ -23,7 +43,7 @@ def walk(method: Method, given: Given, *, precision: str = "fp32", global_bn: bo
       ConfigError: sizes that do not fit together; the step is named.
     """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with pretended(world), FakeTensorMode(allow_non_fake_inputs=True):
         loop.prepare(method, given, global_bn=global_bn)
         autocast = loop.autocast(method.device, precision)
         for e in range(method.epochs):
@@ -45,7 +65,8 @@ def walk(method: Method, given: Given, *, precision: str = "fp32", global_bn: bo
     seen: set[int] = set()
     parts = {"teacher": given.teacher, **{k: v for k, v in sorted(vars(method).items()) if k not in ("teacher", "real")}}
     sizes = {name: size for name, value in parts.items() if (size := _bytes(value, seen))}
-    return {"steps": list(rows.values()), "bytes": sizes, "epochs": method.epochs, "total": sum(r["times"] for r in rows.values())}
+    total = sum(r["times"] for r in rows.values())
+    return {"steps": list(rows.values()), "bytes": sizes, "epochs": method.epochs, "total": total, "ranks": world}
 
 
 def _bytes(value: Any, seen: set[int]) -> int:

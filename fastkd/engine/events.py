@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastkd.engine.checkpoint import write_atomic
+from fastkd.files import write_atomic
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -51,6 +51,29 @@ class Events:
             write_atomic(self.out / "status.json", json.dumps({"state": state, "time": round(time.time(), 3), **values}).encode())
         except OSError:
             self.lost += 1
+
+
+class Heartbeat:
+    """A listener that keeps status.json of a running run fresh: position, speed, phase; every few seconds."""
+
+    KEPT = ("epoch", "epochs", "step", "steps", "phase", "steps_per_second", "images_per_second")
+
+    def __init__(self, events: Events, seconds: float = 5.0):
+        self.events, self.seconds, self._last = events, seconds, time.monotonic()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if event["kind"] == "poll" and time.monotonic() - self._last >= self.seconds:
+            self._last = time.monotonic()
+            self.events.status("running", **{k: event[k] for k in self.KEPT if k in event})
+
+
+def final(out: Path) -> dict[str, Any] | None:
+    """status.json where it says that the run must not simply be started again: fatal with a code of its own, or preempted."""
+    try:
+        status: dict[str, Any] = json.loads((out / "status.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return status if status.get("state") == "preempted" or (status.get("state") == "fatal" and status.get("code") != 1) else None
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastkd.engine.checkpoint import write_atomic
 from fastkd.errors import ConfigError, PlaceError
+from fastkd.files import write_atomic
 
 
 def next_numbered(parent: Path, stem: str) -> Path:

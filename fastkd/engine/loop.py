@@ -20,6 +20,7 @@ from fastkd.engine.events import Events
 from fastkd.engine.folder import why
 from fastkd.engine.signals import Stop
 from fastkd.errors import CheckpointError, ConfigError, NumericalError
+from fastkd.files import tensor_bytes, write_atomic
 from fastkd.method import Given, Method, steps
 from fastkd.nn import globalise
 
@@ -176,10 +177,7 @@ def _refuse_non_finite(terms: dict[str, float]) -> None:
 
 
 def _resume(method: Method, settings: Settings, events: Events, out: Path) -> tuple[tuple[int, int], int]:
-    said: list[str] = []
-    saved = checkpoint.newest(out / "checkpoints", said) if ranks.rank() == 0 or ranks.world() == 1 else _of_rank_0(out)
-    for line in said:
-        events.write("warning", text=line)
+    saved = _newest(events, out / "checkpoints")
     if saved is None:
         return (0, 0), 0
     different = {k: (saved.manifest.get(k), v) for k, v in settings.about.items() if saved.manifest.get(k) != v and k != "world"}
@@ -201,8 +199,22 @@ def _resume(method: Method, settings: Settings, events: Events, out: Path) -> tu
     return saved.position, int(saved.manifest["step"])
 
 
-def _of_rank_0(out: Path) -> checkpoint.Saved | None:
-    return checkpoint.newest(out / "checkpoints", [])
+def _newest(events: Events, folder: Path) -> checkpoint.Saved | None:
+    """The newest checkpoint that verifies: rank 0 chooses and sets damaged ones aside, the others read the one it chose."""
+    said: list[str] = []
+    saved = checkpoint.newest(folder, said) if ranks.rank() == 0 else None
+    for line in said:
+        events.write("warning", text=line)
+    if ranks.world() == 1:
+        return saved
+    chosen = int(ranks.max(torch.tensor(saved.manifest["step"] if saved else -1)).item())
+    if ranks.rank() == 0 or chosen < 0:
+        return saved
+    try:
+        return checkpoint.read(folder / checkpoint.name_of(chosen))
+    except ValueError as e:
+        who = f"rank {ranks.rank()} cannot read the checkpoint of step {chosen} that rank 0 chose"
+        raise CheckpointError(f"{who} ({e}); all ranks must see the same '{folder}'.") from None
 
 
 class _Saver:
@@ -270,7 +282,7 @@ class _Saver:
         try:
             folder = self.out / "checkpoints" / "best"
             folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_atomic(folder / "student.safetensors", checkpoint.save(self._student(), metadata=metadata))
+            write_atomic(folder / "student.safetensors", tensor_bytes(self._student(), metadata))
         except OSError as e:
             self.events.write("warning", text=f"the best student could not be written: {why(e)}")
 

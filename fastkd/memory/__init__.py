@@ -1,6 +1,7 @@
 """Where synthetic images live: stores only. What has networks and an optimiser of its own is part of the method."""
 
 from fastkd.memory.best import Best
+from fastkd.memory.prioritised import Drawn, Prioritised
 from fastkd.memory.store import Rows, Store
 
-__all__ = ["Best", "Rows", "Store"]
+__all__ = ["Best", "Drawn", "Prioritised", "Rows", "Store"]

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastkd import ranks
+from fastkd.memory.host import Staged, stage
 from fastkd.ops import replay_gather
 from fastkd.rng import Rng
 
 Quant = Literal["floor", "round", "none"]
+Tier = Literal["device", "host"]
 
 
 @dataclass(frozen=True)
 class Rows:
     """Some rows of a store: what `Method.view` gathers, augments and normalises in one pass.
 
-    `index` is int64 [b], this rank's rows of the batch; columns are read by attribute name through `column`.
+    `index` is int64 [b], this rank's rows of the batch; columns are read by attribute name through `column`. `staged` are the images
+    on their way, where the store is in host memory and the rows are wanted on a GPU.
     """
 
     store: Store
     index: Tensor
+    staged: Staged | None = None
+
+    def gather(self, **options: Any) -> Tensor:
+        """The images as a network's input, [b, C, H, W]; `options` as in `ops.replay_gather`."""
+        if self.staged is None:
+            return replay_gather(self.store.images, self.index, **options)
+        images = self.staged.wait()
+        return replay_gather(images, torch.arange(len(images), device=images.device), **options)
 
     def column(self, name: str) -> Tensor:
         """A column's values at these rows, [b]."""
@@ -41,6 +52,8 @@ class Store:
       capacity: most rows that are kept; a row beyond it is an error, or with `ring` overwrites the oldest.
       shape: (c, h, w) of an image.
       dtype: torch.uint8 or a floating type.
+      tier: where the images live: on the device, or in host memory (pinned where there is a GPU), from where a batch is brought over
+        beside the device's work. Columns are on the device in both.
       columns: name → dtype, e.g. label=torch.int16.
     """
 
@@ -53,11 +66,14 @@ class Store:
         *,
         ring: bool = False,
         quant: Quant = "floor",
+        tier: Tier = "device",
         **columns: torch.dtype,
     ):
         c, h, w = shape
         self.rng, self.capacity, self.ring, self.quant = rng, capacity, ring, quant
-        self.images = torch.zeros(capacity, h, w, c, dtype=dtype, device=rng.device)
+        pinned = tier == "host" and rng.device.type == "cuda"
+        place = rng.device if tier == "device" else torch.device("cpu")
+        self.images = torch.zeros(capacity, h, w, c, dtype=dtype, device=place, pin_memory=pinned)
         self.columns = {k: torch.zeros(capacity, dtype=d, device=rng.device) for k, d in columns.items()}
         self.fill, self.written = 0, 0
         self.order = torch.zeros(0, dtype=torch.int64, device=rng.device)
@@ -75,12 +91,14 @@ class Store:
     def __len__(self) -> int:
         return self.fill
 
-    def add(self, x: Tensor, **columns: Tensor) -> None:
+    def add(self, x: Tensor, **columns: Tensor) -> Tensor:
         """Append this rank's rows of a batch.
 
         Args:
           x: [b, C, H, W]; in [0, 1] for a uint8 store (values outside are clamped).
           columns: one [b] tensor for each of the store's columns.
+        Returns:
+          [b·W] int64, the rows that the global batch took.
         Raises:
           ValueError: the store is full and no ring, or a column is missing.
         """
@@ -89,14 +107,19 @@ class Store:
         x = self._encode(x)
         values = {k: ranks.gather(v) for k, v in columns.items()}
         x, n = ranks.gather(x), x.shape[0] * ranks.world()
-        if not self.ring and self.written + n > self.capacity:
-            raise ValueError(f"the store holds {self.capacity} images; {self.written} are written and {n} more do not fit")
-        at = (torch.arange(n, device=x.device) + self.written) % self.capacity
-        self.images[at] = x
+        at = self._slots(n)
+        self.images[at.to(self.images.device)] = x.to(self.images.device)
         for k, v in values.items():
             self.columns[k][at] = v.to(self.columns[k].dtype)
         self.written += n
         self.fill = min(self.written, self.capacity)
+        return at
+
+    def _slots(self, n: int) -> Tensor:
+        """The rows that the next `n` images take, int64 [n]."""
+        if not self.ring and self.written + n > self.capacity:
+            raise ValueError(f"the store holds {self.capacity} images; {self.written} are written and {n} more do not fit")
+        return (torch.arange(n, device=self.cursor.device) + self.written) % self.capacity
 
     def _encode(self, x: Tensor) -> Tensor:
         x = x.detach().permute(0, 2, 3, 1)
@@ -122,19 +145,25 @@ class Store:
 
     def next(self, batch: int) -> Rows:
         """This rank's rows of the next `batch` of the dealt order (no host read; past its end the order begins again)."""
-        at = self.cursor + torch.arange(ranks.rank(), batch, ranks.world(), device=self.order.device)
+        own = ranks.rows(batch)
+        at = self.cursor + torch.arange(own.start, own.stop, own.step, device=self.order.device)
         index = self.order[at % self.order.numel()]
         self.cursor += batch
-        return Rows(self, index)
+        return self.rows(index)
+
+    def rows(self, index: Tensor) -> Rows:
+        """Rows by their numbers [b] int64, on the device; images in host memory begin to move there."""
+        moving = self.images.device != index.device
+        return Rows(self, index, stage(self.images, index) if moving else None)
 
     def read(self, index: Tensor) -> Tensor:
         """Images [b, C, H, W] at `index`, in [0, 1] for a uint8 store, as they are stored otherwise; torch's default dtype."""
-        return replay_gather(self.images, index)
+        return self.rows(index).gather()
 
     def newest(self, n: int) -> Tensor:
         """Row numbers of the `n` newest images, newest last, int64."""
         n = min(n, self.fill)
-        return (torch.arange(self.written - n, self.written, device=self.images.device)) % self.capacity
+        return (torch.arange(self.written - n, self.written, device=self.cursor.device)) % self.capacity
 
     @property
     def bytes(self) -> int:

@@ -11,6 +11,14 @@ METHODS = {
     "muse": "fastkd.methods.muse:Muse",
     "nayer": "fastkd.methods.nayer:Nayer",
     "fast": "fastkd.methods.fast:Fast",
+    "dafl": "fastkd.methods.dafl:choose",
+    "dfq": "fastkd.methods.dfq:choose",
+    "dfad": "fastkd.methods.dfad:choose",
+    "zskt": "fastkd.methods.zskt:choose",
+    "mad": "fastkd.methods.mad:Mad",
+    "pre": "fastkd.methods.pre:Pre",
+    "mb": "fastkd.methods.mb:Mb",
+    "lra": "fastkd.methods.lra:host",
     "noise": "fastkd.methods.noise:Noise",
 }
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from fastkd.errors import ConfigError, unknown
-
-from .layers import UpConv
+from fastkd.nn.generator_layers import UpConv
 
 INITS = ("default", "normal", "uniform")
 Shape = tuple[int, int, int]

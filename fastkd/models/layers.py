@@ -7,8 +7,6 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd import ops
-
 
 class SameConv2d(nn.Conv2d):
     """Convolution with TensorFlow's "same" padding: output size ceil(input / stride), the odd pixel at the right and bottom.
@@ -49,22 +47,6 @@ class PoolIfHeight(nn.Module):
     def forward(self, x: Tensor, image: Tensor) -> Tensor:
         """x [N, C, h, w], image [N, c, H, W] → [N, C, h/2, w/2] if H is `height`, else x."""
         return F.max_pool2d(x, 2) if image.shape[2] == self.height else x
-
-
-class UpConv(nn.Conv2d):
-    """Nearest-neighbour doubling and a 3x3 convolution in one: `fastkd.ops.upsample_conv2d` as a module.
-
-    Weight and bias are those of the convolution ([Cout, Cin, 3, 3], [Cout]), and so is the default initialisation.
-    """
-
-    fx_leaf = True
-
-    def __init__(self, inputs: int, outputs: int, bias: bool = True):
-        super().__init__(inputs, outputs, 3, padding=1, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, Cin, H, W] → [N, Cout, 2H, 2W]."""
-        return ops.upsample_conv2d(x, self.weight, self.bias)
 
 
 def kaiming(net: nn.Module, linear_std: float | None = None) -> None:

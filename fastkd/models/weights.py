@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastkd.errors import InputError, PlaceError
+from fastkd.files import tensor_bytes, write_atomic
 
 from .metadata import channels_of, describe, head_of
 from .readers import EXPECTED, read
@@ -233,29 +234,12 @@ def save_weights(path: str | os.PathLike[str], state: Mapping[str, Tensor], meta
     Raises:
       PlaceError: the place cannot be written; what stood there before still does.
     """
-    from safetensors.torch import save_file
-
-    path = os.fspath(path)
-    folder = os.path.dirname(os.path.abspath(path))
     own = {k: t.detach().cpu().contiguous().clone() for k, t in state.items()}
     text = {str(k): _text(v) for k, v in (metadata or {}).items() if v is not None}
-    temporary = ""
     try:
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".safetensors.tmp")
-        os.close(handle)
-        save_file(own, temporary, metadata=text or None)
-        _sync(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-        _sync(folder)
-    except Exception as e:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
-        if isinstance(e, OSError) or type(e).__name__ == "SafetensorError":
-            raise PlaceError(f"cannot write '{path}': {e}.") from None
-        raise
+        write_atomic(Path(path), tensor_bytes(own, text))
+    except OSError as e:
+        raise PlaceError(f"cannot write '{os.fspath(path)}': {e}.") from None
 
 
 def _text(value: Any) -> str:
@@ -264,11 +248,3 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple) and value and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
         return ",".join(str(v) for v in value)
     return json.dumps(value, ensure_ascii=False)
-
-
-def _sync(path: str) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from . import augment
     from .bn_ema import BnEma
     from .freeze import evaluating, frozen
+    from .fuse_generator import fuse_generator
     from .globalise import globalise
     from .inplace import copy_
     from .instrument import Teacher, instrument
@@ -28,11 +29,12 @@ _WHERE = {
     "copy_": "inplace",
     "evaluating": "freeze",
     "frozen": "freeze",
+    "fuse_generator": "fuse_generator",
     "globalise": "globalise",
     "instrument": "instrument",
 }
 
-__all__ = ["BnEma", "Student", "Teacher", "Trace", "augment", "copy_", "evaluating", "frozen", "globalise", "instrument"]
+__all__ = ["BnEma", "Student", "Teacher", "Trace", "augment", "copy_", "evaluating", "frozen", "fuse_generator", "globalise", "instrument"]
 
 
 def __getattr__(name: str) -> Any:
@@ -50,7 +52,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """`instrument` and `globalise` name a file and its function; importing the file must not hide the function."""
+    """`instrument`, `globalise` and `fuse_generator` name a file and its function; importing the file must not hide the function."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _WHERE and isinstance(value, ModuleType)):

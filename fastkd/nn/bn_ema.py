@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastkd import ops
+from fastkd.ops.bn_match.reference import blend
+
 
 class BnEma(nn.Module):
     """Batch statistics mixed with their moving average over synthesis calls (the momentum rule of FastDFKD, AAAI 2022).
@@ -34,11 +37,17 @@ class BnEma(nn.Module):
 
     def mix(self, bn: Tensor) -> Tensor:
         """[2, C] mean and variance of the batch → what the loss compares with the teacher's; remembers the batch's."""
-        with torch.no_grad():
-            self.last.copy_(bn)
-        m = self.momentum
-        mixed = (1 - m) * bn + m * self.mean_var.to(bn.dtype)
-        return torch.where(self.calls > 0, mixed, bn)
+        self._remember(bn)
+        return blend(bn, self.mean_var, self.calls, self.momentum)
+
+    def loss(self, bn: Tensor, target: Tensor, split: tuple[int, ...], *, first: float = 1.0, kind: str = "l2") -> Tensor:
+        """`ops.bn_match_loss(self.mix(bn), target, split, …)` in one launch; remembers the batch's statistics as `mix` does."""
+        self._remember(bn)
+        return ops.bn_match_loss(bn, target, split, average=self.mean_var, momentum=self.momentum, calls=self.calls, first=first, kind=kind)
+
+    @torch.no_grad()
+    def _remember(self, bn: Tensor) -> None:
+        self.last.copy_(bn)
 
     @torch.no_grad()
     def update(self) -> None:

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 from ._registry import backend, build_info, table, use
 
 if TYPE_CHECKING:
+    from .bn_act import batch_norm_act
     from .bn_match import bn_match_loss, bn_stats, bn_sums, frozen_bn_act_stats, moments
     from .cam import class_activation_map
     from .replay import replay_gather
-    from .upsample import upsample_conv2d
+    from .replay_tree import philox_uniform, replay_sample, replay_sums, replay_update
+    from .upsample import fold_stem, upsample_affine_sigmoid, upsample_affine_tanh, upsample_conv2d, upsampled_stem_conv2d
 
 _FAMILY = {
     "bn_sums": "bn_match",
@@ -28,21 +30,39 @@ _FAMILY = {
     "frozen_bn_act_stats": "bn_match",
     "class_activation_map": "cam",
     "replay_gather": "replay",
+    "philox_uniform": "replay_tree",
+    "replay_sums": "replay_tree",
+    "replay_sample": "replay_tree",
+    "replay_update": "replay_tree",
+    "batch_norm_act": "bn_act",
+    "fold_stem": "upsample",
+    "upsample_affine_sigmoid": "upsample",
+    "upsample_affine_tanh": "upsample",
     "upsample_conv2d": "upsample",
+    "upsampled_stem_conv2d": "upsample",
 }
 
 __all__ = [
     "backend",
+    "batch_norm_act",
     "bn_match_loss",
     "bn_stats",
     "bn_sums",
     "build_info",
     "class_activation_map",
+    "fold_stem",
     "frozen_bn_act_stats",
     "moments",
+    "philox_uniform",
     "replay_gather",
+    "replay_sample",
+    "replay_sums",
+    "replay_update",
     "table",
+    "upsample_affine_sigmoid",
+    "upsample_affine_tanh",
     "upsample_conv2d",
+    "upsampled_stem_conv2d",
     "use",
 ]
 

@@ -84,7 +84,7 @@ def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 def blank(x: Tensor) -> Tensor:
     """An uninitialised tensor shaped like `x`, in the layout of `dense(x)`."""
-    return torch.empty_like(x, memory_format=memory_format(x), requires_grad=False)
+    return torch.empty_like(x, memory_format=memory_format(x))
 
 
 def _addr(t: Tensor | None, device: torch.device) -> int:
@@ -113,9 +113,14 @@ def launch(kernel: str, tensors: Sequence[Tensor | None], *rest: Any, work: Tens
     Raises:
       ValueError: tensors on another device than `work`.
     """
-    addresses = [_addr(t, work.device) for t in tensors]
-    with on(work.device):
-        getattr(_load()[0], kernel)(*addresses, *rest, *_where(work))
+    device = work.device
+    addresses = [_addr(t, device) for t in tensors]
+    run = getattr(_load()[0], kernel)
+    if device.type == "cpu":
+        run(*addresses, *rest, *_where(work))
+    else:
+        with on(device):
+            run(*addresses, *rest, *_where(work))
 
 
 def sizes(*fields: int) -> Any:
@@ -125,7 +130,7 @@ def sizes(*fields: int) -> Any:
 
 def vector(v: Tensor, dtype: torch.dtype) -> Tensor:
     """A small vector as the kernels read it: contiguous, in `dtype`."""
-    return v.to(dtype).contiguous()
+    return v if v.dtype is dtype and v.is_contiguous() else v.to(dtype).contiguous()
 
 
 def check_range(name: str, index: Tensor, end: int) -> None:

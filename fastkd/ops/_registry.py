@@ -16,8 +16,7 @@ from ..errors import ConfigError, unknown
 
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 
-_FLOATS = ("float32", "float64", "bfloat16")
-_DEVICE_FLOATS = ("float32", "float64", "bfloat16", "float16")
+_FLOATS = ("float32", "float64", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -33,18 +32,35 @@ class Op:
 
 _BN = Op(
     {"cpu": ("cpp",), "cuda": ("cuda", "triton")},
-    {"cpp": _FLOATS, "cuda": _DEVICE_FLOATS, "triton": ("float32", "bfloat16", "float16")},
+    {"cpp": _FLOATS, "cuda": _FLOATS, "triton": ("float32", "bfloat16", "float16")},
 )
+_TREE_FLOATS = ("float32", "float64")
+_TREE = Op({"cpu": ("cpp",), "cuda": ("cuda", "triton")}, {"cpp": _TREE_FLOATS, "cuda": _TREE_FLOATS, "triton": _TREE_FLOATS})
+_UPSAMPLE = Op({"cpu": ("cpp",), "cuda": ("triton",)}, {"cpp": _FLOATS, "triton": ("float32", "bfloat16", "float16")})
 OPS: dict[str, Op] = {
     "bn_sums": _BN,
     "frozen_bn_act_stats": _BN,
-    "bn_match_loss": Op(),
+    "bn_match_loss": Op(
+        {"cpu": ("cpp",), "cuda": ("cuda", "triton")},
+        {"cpp": ("float32", "float64"), "cuda": ("float32", "float64"), "triton": ("float32",)},
+    ),
     "class_activation_map": Op({"cpu": ("cpp",)}, {"cpp": _FLOATS}),
     "replay_gather": Op(
-        {"cpu": ("cpp",), "cuda": ("cuda",)},
-        {"cpp": ("uint8", "float32", "float16"), "cuda": ("uint8", "float32", "float16")},
+        {"cpu": ("cpp",), "cuda": ("cuda", "triton")},
+        dict.fromkeys(("cpp", "cuda", "triton"), ("uint8", "float32", "float16")),
+    ),
+    "philox_uniform": Op({"cpu": ("cpp",), "cuda": ("cuda", "triton")}),
+    "replay_sums": _TREE,
+    "replay_sample": _TREE,
+    "replay_update": _TREE,
+    "batch_norm_act": Op(
+        {"cpu": ("cpp",), "cuda": ("cuda", "triton")},
+        {"cpp": _FLOATS, "cuda": _FLOATS, "triton": ("float32", "bfloat16", "float16")},
     ),
     "upsample_conv2d": Op({"cpu": ("fold",), "cuda": ("fold",)}),
+    "upsampled_stem_conv2d": Op({"cpu": ("fold",), "cuda": ("fold",)}),
+    "upsample_affine_tanh": _UPSAMPLE,
+    "upsample_affine_sigmoid": _UPSAMPLE,
 }
 
 _wanted = "auto"

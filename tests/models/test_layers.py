@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastkd.models.layers import SameConv2d, UpConv, same_conv
+from fastkd.models.layers import SameConv2d, same_conv
+from fastkd.nn.generator_layers import UpConv
 
 
 def by_hand(x: torch.Tensor, w: torch.Tensor, stride: int) -> torch.Tensor:

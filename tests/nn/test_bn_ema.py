@@ -59,6 +59,23 @@ def test_average_equal_to_the_batch_gives_the_plain_value_and_a_tenth_of_the_gra
     torch.testing.assert_close(h, (1 - 0.9) * g, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("kind", ["l2", "gauss_kl"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_loss_is_that_of_the_mixed_statistics(kind, momentum):
+    """Over calls and updates, with what each remembers."""
+    one, two, target, split = BnEma(7, momentum), BnEma(7, momentum), stats(9).detach(), (0, 3, 7)
+    for seed in range(6):
+        a, b = stats(seed), stats(seed)
+        mixed, at_once = bn_match_loss(one.mix(a), target, split, first=2.0, kind=kind), two.loss(b, target, split, first=2.0, kind=kind)
+        torch.testing.assert_close(at_once, mixed, rtol=1e-12, atol=0)
+        (g,), (h,) = torch.autograd.grad(mixed, a), torch.autograd.grad(at_once, b)
+        torch.testing.assert_close(h, g, rtol=1e-11, atol=1e-14)
+        if seed % 2:
+            one.update()
+            two.update()
+        assert all(torch.equal(u, v) for u, v in zip(one.buffers(), two.buffers(), strict=True))
+
+
 def test_momentum_zero_is_the_plain_loss_always():
     ema = BnEma(7, momentum=0.0)
     for seed in range(3):

@@ -141,7 +141,7 @@ def test_refused(backend, device):
 def test_opcheck_and_compile(cpp):
     images, index = _store(torch.uint8), torch.tensor([1, 0, 4])
     off, flip, mean = torch.tensor([0, 1, 4]), torch.tensor([True, False, True]), torch.rand(3)
-    arguments = (images, index, off, off, flip, 2, mean, mean, torch.float32)
+    arguments = (images, index, off, off, flip, 2, mean, mean, None, "bilinear", True, torch.float32)
     torch.library.opcheck(torch.ops.fastkd.replay_gather.default, arguments)
     torch._dynamo.reset()
     options = {"dy": off, "dx": off, "flip": flip, "pad": 2, "mean": mean, "std": mean, "dtype": torch.float32}

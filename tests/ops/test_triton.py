@@ -47,6 +47,30 @@ for dtype, rtol, atol in ((torch.float32, 1e-5, 1e-4), (torch.bfloat16, 2e-2, 5e
 print("agree")
 """
 
+LOSS = """
+import torch
+from fastkd import ops
+torch.manual_seed(0)
+for widths in ([3, 0, 1, 129, 300], [5] * 40, [0], []):
+    offsets = tuple(sum(widths[:i]) for i in range(len(widths) + 1))
+    stats, target, average = torch.rand(3, 2, offsets[-1]) + 0.3
+    if offsets[-1] > 3:
+        stats[:, :3], average[:, :3] = target[:, :3], target[:, :3]  # a layer with norm 0
+        stats[1, 4] = 0  # a constant channel
+    for kind in ("l2", "gauss_kl"):
+        blend = {"average": average, "momentum": 0.9}
+        for how in ({}, blend, blend | {"calls": torch.tensor(0)}, blend | {"calls": torch.tensor(2)}):
+            out = []
+            for name in ("reference", "triton"):
+                ops.use(name)
+                v = stats.clone().requires_grad_()
+                loss = ops.bn_match_loss(v, target, offsets, first=10.0, kind=kind, **how)
+                out.append((loss, torch.autograd.grad(loss, v, torch.tensor(0.7))[0]))
+            for ours, theirs in zip(out[1], out[0], strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=lambda m: f"{widths} {kind} {how.keys()}: {m}")
+print("agree")
+"""
+
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
@@ -57,19 +81,24 @@ def job(kernel, element, architecture, **constants):
     for name in kernel.arg_names:
         if name in constants: signature[name] = "constexpr"
         elif name in ("x_ptr", "r_ptr", "y_ptr", "gy_ptr", "dx_ptr", "dr_ptr"): signature[name] = "*" + element
+        elif name in ("offsets_ptr", "calls_ptr"): signature[name] = "*i64"
         elif name.endswith("_ptr"): signature[name] = "*fp32"
-        else: signature[name] = "fp32" if name == "slope" else "i32"
+        else: signature[name] = "fp32" if name in ("slope", "momentum", "first") else "i32"
     assert compile(ASTSource(kernel, signature, constexprs=constants), target=GPUTarget("cuda", architecture, 32)).asm["cubin"]
 
 for architecture, element in ((80, "fp32"), (90, "bf16")):
     for act in (0, 2):
         flags = dict(ACT=act, HAS_Y=True, HAS_R=bool(act))
-        job(t._bn_fwd_nchw_kernel, element, architecture, BLOCK=1024, **flags)
-        job(t._bn_fwd_nhwc_kernel, element, architecture, ROWS=64, COLS=64, **flags)
+        job(t._bn_fwd_nchw_kernel, element, architecture, ROWS=2, COLS=1024, **flags)
+        job(t._bn_fwd_nhwc_kernel, element, architecture, ROWS=32, COLS=64, **flags)
         residual = dict(HAS_R=bool(act), HAS_DR=bool(act), LAST=bool(act))
-        job(t._bn_bwd_kernel, element, architecture, ACT=act, HAS_G=True, HAS_S=True, BLOCK=1024, **residual)
-    job(t._bn_fwd_nchw_kernel, element, architecture, ACT=0, HAS_Y=False, HAS_R=False, BLOCK=1024, per=1)
-    job(t._bn_bwd_kernel, element, architecture, ACT=0, HAS_G=False, HAS_S=True, HAS_R=False, HAS_DR=False, LAST=True, BLOCK=1024, hw=1)
+        job(t._bn_bwd_kernel, element, architecture, ACT=act, HAS_G=True, HAS_S=True, ROWS=32, COLS=64, **residual)
+        blend = dict(KL=bool(act), BLEND=bool(act), CALLS=bool(act))
+        job(t._bn_loss_fwd_kernel, element, architecture, ROWS=32, COLS=128, **blend)
+        job(t._bn_loss_bwd_kernel, element, architecture, BLOCK=256, **blend)
+    job(t._bn_fwd_nchw_kernel, element, architecture, ACT=0, HAS_Y=False, HAS_R=False, ROWS=2, COLS=1024, per=1)
+    job(t._bn_finish_kernel, element, architecture, ROWS=32, COLS=32)
+    job(t._bn_bwd_kernel, element, architecture, ACT=0, HAS_G=False, HAS_S=True, HAS_R=False, HAS_DR=False, LAST=True, ROWS=32, COLS=64)
 print("compiled")
 """
 
@@ -82,6 +111,10 @@ def _run(code: str, **environment: str) -> str:
 
 def test_interpreted_kernels_agree_with_the_reference():
     assert "agree" in _run(INTERPRET, TRITON_INTERPRET="1")
+
+
+def test_interpreted_loss_agrees_with_the_reference():
+    assert "agree" in _run(LOSS, TRITON_INTERPRET="1")
 
 
 def test_kernels_compile_for_gpus(tmp_path):

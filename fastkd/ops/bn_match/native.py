@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from .. import _native
 from .._native import NCHW, NHWC, blank, dense, vector
 
 _ACT = {"none": 0, "relu": 1, "relu6": 2, "leaky_relu": 3}
+_KIND = {"l2": 0, "gauss_kl": 1}
 
 
 def pieces(n: int, c: int, hw: int, layout: int, cuda: bool) -> tuple[int, int]:
@@ -21,7 +23,7 @@ def pieces(n: int, c: int, hw: int, layout: int, cuda: bool) -> tuple[int, int]:
         per = min(max(4096 // hw, 1), n)
         return -(-n // per), per
     rows = n * hw
-    per = max(256, -(-rows // 512)) if cuda else 256
+    per = max(256, -(-rows // max(512 // -(-c // 64), 1))) if cuda else 256  # a GPU block takes 64 channels; some 512 blocks
     return -(-rows // per), per
 
 
@@ -78,3 +80,57 @@ def bn_bwd(
     written = dresidual if gy is not None and residual is not None else None
     _native.launch("bn_bwd", (gy, gsums, x, residual, scale, bias, shift, dx, written), size, _ACT[act], slope, work=x)
     return dx, dresidual
+
+
+@functools.lru_cache(maxsize=64)
+def layer_offsets(offsets: tuple[int, ...], device: torch.device) -> Tensor:
+    """The offsets on the device; made once for each teacher, as a copy from the host cannot be captured in a graph."""
+    return torch.tensor(offsets, dtype=torch.int64, device=device)
+
+
+def loss_fwd(
+    stats: Tensor,
+    target: Tensor,
+    average: Tensor | None,
+    calls: Tensor | None,
+    offsets: list[int],
+    momentum: float,
+    first: float,
+    kind: str,
+) -> Tensor:
+    """[] in the dtype of `stats`."""
+    layers, terms = len(offsets) - 1, torch.empty(len(offsets) - 1, dtype=torch.float64, device=stats.device)
+    out = torch.empty((), dtype=stats.dtype, device=stats.device)
+    tensors = (*_loss_inputs(stats, target, average, calls, offsets), terms, out)
+    _native.launch(
+        "bn_loss_fwd", tensors, stats.shape[1], layers, _native.DTYPE[stats.dtype], _KIND[kind], momentum, first, work=stats
+    )
+    return out
+
+
+def loss_bwd(
+    grad: Tensor,
+    stats: Tensor,
+    target: Tensor,
+    average: Tensor | None,
+    calls: Tensor | None,
+    offsets: list[int],
+    momentum: float,
+    first: float,
+    kind: str,
+) -> Tensor:
+    """d loss / d stats, [2, C]."""
+    layers, out = len(offsets) - 1, torch.empty(stats.shape, dtype=stats.dtype, device=stats.device)
+    tensors = (*_loss_inputs(stats, target, average, calls, offsets), vector(grad, stats.dtype), out)
+    _native.launch(
+        "bn_loss_bwd", tensors, stats.shape[1], layers, _native.DTYPE[stats.dtype], _KIND[kind], momentum, first, work=stats
+    )
+    return out
+
+
+def _loss_inputs(
+    stats: Tensor, target: Tensor, average: Tensor | None, calls: Tensor | None, offsets: list[int]
+) -> tuple[Tensor | None, ...]:
+    average = None if average is None else vector(average, stats.dtype)
+    calls = None if calls is None else vector(calls, torch.int64)
+    return stats.contiguous(), vector(target, stats.dtype), average, calls, layer_offsets(tuple(offsets), stats.device)

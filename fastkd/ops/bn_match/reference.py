@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+SMALL = 1e-8
+"""Least variance in the Gaussian divergence."""
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -92,10 +97,28 @@ def moments_ref(sums: Tensor, count: int | float | Tensor, shift: Tensor) -> Ten
     return torch.stack([shift.to(sums.dtype) + d, variance.clamp_min(0)])
 
 
-def bn_match_loss_ref(stats: Tensor, target: Tensor, offsets: tuple[int, ...], first: float, kind: str) -> Tensor:
+def blend(stats: Tensor, average: Tensor | None, calls: Tensor | None, momentum: float) -> Tensor:
+    """(1 - momentum) stats + momentum average, from the second synthesis call on; without an average, `stats` itself."""
+    if average is None:
+        return stats
+    mixed = (1 - momentum) * stats + momentum * average.to(stats.dtype)
+    return mixed if calls is None else torch.where(calls > 0, mixed, stats)
+
+
+def bn_match_loss_ref(
+    stats: Tensor,
+    target: Tensor,
+    offsets: Sequence[int],
+    first: float,
+    kind: str,
+    average: Tensor | None = None,
+    calls: Tensor | None = None,
+    momentum: float = 0.0,
+) -> Tensor:
     """Distance of batch statistics from running statistics; see the public function for the formulas."""
-    loss = stats.new_zeros(())
+    loss = stats[:, :0].sum()  # 0, and part of the graph also where there is no layer
     target = target.to(stats.dtype)
+    stats = blend(stats, average, calls, momentum)
     for layer in range(len(offsets) - 1):
         lo, hi = offsets[layer], offsets[layer + 1]
         if kind == "l2":
@@ -103,7 +126,38 @@ def bn_match_loss_ref(stats: Tensor, target: Tensor, offsets: tuple[int, ...], f
             term = d.norm() + v.norm()
         else:
             (mean, var), (run_mean, run_var) = stats[:, lo:hi], target[:, lo:hi]
-            var, run_var = var.clamp_min(1e-8), run_var.clamp_min(1e-8)  # a constant channel stays finite
+            var, run_var = var.clamp_min(SMALL), run_var.clamp_min(SMALL)  # a constant channel stays finite
             term = (((mean - run_mean).square() + var) / (2 * run_var) - 0.5 * (var / run_var).log() - 0.5).sum()
         loss = loss + term * (first if layer == 0 else 1.0)
     return loss
+
+
+def bn_match_loss_bwd_ref(
+    grad: Tensor,
+    stats: Tensor,
+    target: Tensor,
+    offsets: Sequence[int],
+    first: float,
+    kind: str,
+    average: Tensor | None,
+    calls: Tensor | None,
+    momentum: float,
+) -> Tensor:
+    """Gradient of the loss with respect to `stats`, itself differentiable: v/|v| per norm, 0 where the norm is 0."""
+    mixed = blend(stats, average, calls, momentum)
+    d, parts = mixed - target.to(stats.dtype), [stats.new_zeros(2, 0)]
+    for layer in range(len(offsets) - 1):
+        lo, hi = offsets[layer], offsets[layer + 1]
+        if kind == "l2":
+            norm = torch.linalg.vector_norm(d[:, lo:hi], dim=1, keepdim=True)
+            part = d[:, lo:hi] * torch.where(norm == 0, 0.0, 1 / torch.where(norm == 0, 1.0, norm))
+        else:
+            var, run_var = mixed[1, lo:hi], target[1, lo:hi].to(stats.dtype).clamp_min(SMALL)
+            slope = 0.5 / run_var - 0.5 / var.clamp_min(SMALL)
+            part = torch.stack([d[0, lo:hi] / run_var, torch.where(var >= SMALL, slope, 0.0)])
+        parts.append(part * (first if layer == 0 else 1.0))
+    out = grad * torch.cat(parts, 1)
+    if average is None:
+        return out
+    scaled = (1 - momentum) * out
+    return scaled if calls is None else torch.where(calls > 0, scaled, out)

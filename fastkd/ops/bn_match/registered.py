@@ -1,7 +1,9 @@
-"""`fastkd::bn_sums_*` and `fastkd::frozen_bn_act_stats_*`: backends behind one name, shapes, and first-order gradients."""
+"""`fastkd::bn_sums_*`, `fastkd::frozen_bn_act_stats_*`, `fastkd::bn_match_loss_*`: backends behind one name, shapes, gradients."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -14,17 +16,14 @@ from . import reference as ref
 
 
 def _kernels(op: str, x: Tensor) -> ModuleType | None:
-    """The module that holds bn_fwd and bn_bwd for x; None: the reference."""
+    """The module that holds the kernels of `op` for x; None: the reference."""
     name = choose(op, x)
-    if name == "reference":
-        return None
-    if name == "triton":
-        from . import triton
+    return None if name == "reference" else _module("triton" if name == "triton" else "native")
 
-        return triton
-    from . import native
 
-    return native
+@functools.cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__package__}.{name}")
 
 
 def _sums_like(x: Tensor) -> Tensor:
@@ -53,17 +52,19 @@ def _sums_save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _sums_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
     x, shift = ctx.saved_tensors
-    return (torch.ops.fastkd.bn_sums_bwd(grad, x, shift) if ctx.needs_input_grad[0] else None), None
+    return (sums_bwd(grad, x, shift) if ctx.needs_input_grad[0] else None), None
 
 
-define(
+sums_fwd = define(
     "bn_sums_fwd(Tensor x, Tensor shift) -> Tensor",
     _sums_fwd,
     lambda x, shift: _sums_like(x),
     backward=_sums_backward,
     save=_sums_save,
 )
-define("bn_sums_bwd(Tensor grad, Tensor x, Tensor shift) -> Tensor", _sums_bwd, lambda grad, x, shift: _native.blank(x))
+sums_bwd = define(
+    "bn_sums_bwd(Tensor grad, Tensor x, Tensor shift) -> Tensor", _sums_bwd, lambda grad, x, shift: _native.blank(x)
+)
 
 
 # --- frozen_bn_act_stats -----------------------------------------------------------------------------------------------------
@@ -119,11 +120,11 @@ def _frozen_backward(ctx: Any, gy: Tensor | None, gsums: Tensor | None) -> tuple
     want_x, want_residual = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
     if gy is None and gsums is None:
         return (None,) * 7
-    dx, dresidual = torch.ops.fastkd.frozen_bn_act_stats_bwd(gy, gsums, *saved, ctx.act, ctx.slope, want_residual)
+    dx, dresidual = frozen_bwd(gy, gsums, *saved, ctx.act, ctx.slope, want_residual)
     return dx if want_x else None, None, None, None, dresidual if want_residual else None, None, None
 
 
-define(
+frozen_fwd = define(
     "frozen_bn_act_stats_fwd(Tensor x, Tensor scale, Tensor bias, Tensor shift, Tensor? residual, str act, float slope)"
     " -> (Tensor, Tensor)",
     _frozen_fwd,
@@ -131,9 +132,90 @@ define(
     backward=_frozen_backward,
     save=_frozen_save,
 )
-define(
+frozen_bwd = define(
     "frozen_bn_act_stats_bwd(Tensor? gy, Tensor? gsums, Tensor x, Tensor scale, Tensor bias, Tensor shift, Tensor? residual,"
     " str act, float slope, bool want_residual) -> (Tensor, Tensor)",
     _frozen_bwd,
     _frozen_bwd_fake,
+)
+
+
+# --- bn_match_loss -----------------------------------------------------------------------------------------------------------
+
+
+def _loss_fwd(
+    stats: Tensor,
+    target: Tensor,
+    average: Tensor | None,
+    calls: Tensor | None,
+    offsets: list[int],
+    momentum: float,
+    first: float,
+    kind: str,
+) -> Tensor:
+    kernels = _kernels("bn_match_loss", stats)
+    if kernels is None:
+        return ref.bn_match_loss_ref(stats, target, offsets, first, kind, average, calls, momentum)
+    loss: Tensor = kernels.loss_fwd(stats, target, average, calls, offsets, momentum, first, kind)
+    return loss
+
+
+def _loss_bwd(
+    grad: Tensor,
+    stats: Tensor,
+    target: Tensor,
+    average: Tensor | None,
+    calls: Tensor | None,
+    offsets: list[int],
+    momentum: float,
+    first: float,
+    kind: str,
+) -> Tensor:
+    kernels = _kernels("bn_match_loss", stats)
+    if kernels is None:
+        return ref.bn_match_loss_bwd_ref(grad, stats, target, offsets, first, kind, average, calls, momentum)
+    out: Tensor = kernels.loss_bwd(grad, stats, target, average, calls, offsets, momentum, first, kind)
+    return out
+
+
+def _loss_save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.plain = inputs[4:]
+
+
+def _loss_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = ctx.needs_input_grad[0]
+    return (loss_bwd(grad, *ctx.saved_tensors, *ctx.plain) if wanted else None, *[None] * 7)
+
+
+def _loss_bwd_save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.plain = inputs[5:]
+
+
+def _loss_bwd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Higher orders, in plain torch: few channels, and nobody needs them fast."""
+    (g, stats, target, average, calls), (offsets, momentum, first, kind) = ctx.saved_tensors, ctx.plain
+    with torch.enable_grad():
+        out = ref.bn_match_loss_bwd_ref(g, stats, target, offsets, first, kind, average, calls, momentum)
+    wanted = [t for t, want in zip((g, stats), ctx.needs_input_grad) if want]
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=torch.is_grad_enabled()))
+    return (*[next(found) if want else None for want in ctx.needs_input_grad[:2]], *[None] * 7)
+
+
+loss_fwd = define(
+    "bn_match_loss_fwd(Tensor stats, Tensor target, Tensor? average, Tensor? calls, int[] offsets, float momentum, float first,"
+    " str kind) -> Tensor",
+    _loss_fwd,
+    lambda stats, *rest: stats.new_empty(()),
+    backward=_loss_backward,
+    save=_loss_save,
+)
+loss_bwd = define(
+    "bn_match_loss_bwd(Tensor grad, Tensor stats, Tensor target, Tensor? average, Tensor? calls, int[] offsets, float momentum,"
+    " float first, str kind) -> Tensor",
+    _loss_bwd,
+    lambda grad, stats, *rest: stats.new_empty(stats.shape),
+    backward=_loss_bwd_backward,
+    save=_loss_bwd_save,
 )

@@ -1,4 +1,4 @@
-"""Reading a batch out of an image store: gather, crop, flip and normalise in one pass."""
+"""Reading a batch out of an image store: gather, crop, flip, resize and normalise in one pass."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from torch import Tensor
 from .._library import choose
 from . import registered as _registered  # noqa: F401  (defines the ops)
 from .reference import replay_gather_ref
+
+MODES = ("bilinear", "nearest")
 
 
 def replay_gather(
@@ -20,19 +22,25 @@ def replay_gather(
     pad: int = 0,
     mean: Tensor | None = None,
     std: Tensor | None = None,
+    size: tuple[int, int] | None = None,
+    mode: str = "bilinear",
+    memory_format: torch.memory_format = torch.channels_last,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Rows of an image store as a network's input: cropped, flipped, normalised, channels_last.
+    """Rows of an image store as a network's input: cropped, flipped, resized, normalised, in the layout and type of choice.
 
       1. s[i, j]   = image[i + dy - pad, (W - 1 - j if flip else j) + dx - pad], black (0) outside the image
       2. s         = s / 255                           uint8 stores
-      3. out[c]    = (s[c] - mean[c]) / std[c]         where mean or std is given
+      3. s         = s resized                         where size is given; pixel i samples (i + 1/2) H/size[0] - 1/2, as
+                                                       F.interpolate(align_corners=False, antialias=False); nearest takes ⌊i H/size[0]⌋
+      4. out[c]    = (s[c] - mean[c]) / std[c]         where mean or std is given
 
     Bytes:  reads B·H·W·C of the store, writes the batch once.
     Saves:  nothing: the store is data and gets no gradient.
 
     Args:
-      images: [N, H, W, C] contiguous, uint8 (0..255), fp16 or fp32.
+      images: [N, H, W, C] uint8 (0..255), fp16 or fp32. Rows may lie apart (a slice of rows is read in place); pixels of a row that
+              are not contiguous are refused, because a copy of the whole store in every call is nobody's intention.
       index:  [B] int64 in 0..N-1, repeats allowed.
       dy, dx: [B] int64 in 0..2·pad (pad keeps the image where it is), or None for the middle.
       flip:   [B] bool, True mirrors left and right; or None.
@@ -49,6 +57,8 @@ def replay_gather(
             f"images must be a store [N, H, W, C] of uint8, float16 or float32 without gradient, found {images.dtype} "
             f"of shape {tuple(images.shape)}"
         )
+    if not images[:1].is_contiguous():
+        raise ValueError(f"the pixels of an image must be contiguous [H, W, C], found strides {images.stride()}; pass images.contiguous()")
     if index.dim() != 1 or index.dtype != torch.int64:
         raise ValueError(f"index must be int64 [B], found {index.dtype} of shape {tuple(index.shape)}")
     for name, v, kind in (("dy", dy, torch.int64), ("dx", dx, torch.int64), ("flip", flip, torch.bool)):
@@ -59,9 +69,18 @@ def replay_gather(
             raise ValueError(f"{name} must be [{images.shape[3]}], one value per channel, found {tuple(v.shape)}")
     if pad < 0:
         raise ValueError(f"pad must be 0 or more, found {pad}")
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise ValueError(f"size must be (height, width) of at least 1, found {size}")
+    if mode not in MODES:
+        raise ValueError(f"unknown mode '{mode}'; expected one of {', '.join(MODES)}")
+    if memory_format not in (torch.channels_last, torch.contiguous_format):
+        raise ValueError(f"memory_format must be torch.channels_last or torch.contiguous_format, found {memory_format}")
     dtype = torch.get_default_dtype() if dtype is None else dtype
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type, found {dtype}")
+    last = memory_format == torch.channels_last
     if choose("replay_gather", images) == "reference":
-        return replay_gather_ref(images, index, dy, dx, flip, pad, mean, std, dtype)
-    return torch.ops.fastkd.replay_gather(images, index, dy, dx, flip, pad, mean, std, dtype)  # type: ignore[no-any-return]
+        return replay_gather_ref(images, index, dy, dx, flip, pad, mean, std, size, mode, last, dtype)
+    return torch.ops.fastkd.replay_gather(  # type: ignore[no-any-return]
+        images, index, dy, dx, flip, pad, mean, std, size, mode, last, dtype
+    )

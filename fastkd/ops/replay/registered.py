@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import _native
 from .._library import choose, define
-from . import native
-from .reference import replay_gather_ref, shades, tiny
+from .reference import replay_gather_ref
+from .values import values
 
 
 def _gather(
@@ -22,23 +22,33 @@ def _gather(
     pad: int,
     mean: Tensor | None,
     std: Tensor | None,
+    size: list[int] | None,
+    mode: str,
+    channels_last: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    if choose("replay_gather", images) == "reference" or dtype not in _native.DTYPE:
-        return replay_gather_ref(images, index, dy, dx, flip, pad, mean, std, dtype)
-    if images.dtype == torch.uint8:
-        lut = shades(images, mean, std, dtype)
-        return native.replay_gather(images, index, dy, dx, flip, pad, lut, None, None, dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    mean, std = tiny(mean, wide, 0.0, images), tiny(std, wide, 1.0, images)
-    return native.replay_gather(images, index, dy, dx, flip, pad, None, mean, std, dtype)
+    backend = choose("replay_gather", images)
+    if backend == "reference" or dtype not in _native.DTYPE:
+        two = None if size is None else (size[0], size[1])
+        return replay_gather_ref(images, index, dy, dx, flip, pad, mean, std, two, mode, channels_last, dtype)
+    if backend == "triton":
+        from . import triton as kernels
+    else:
+        from . import native as kernels  # type: ignore[no-redef]
+    out = _like(images, index, dy, dx, flip, pad, mean, std, size, mode, channels_last, dtype)
+    kernels.replay_gather(images, index, (dy, dx, flip), pad, values(images, mean, std, size, mode, dtype), out, channels_last)
+    return out
 
 
 def _like(
-    images: Tensor, index: Tensor, dy: Any, dx: Any, flip: Any, pad: int, mean: Any, std: Any, dtype: torch.dtype
-) -> Tensor:
+    images: Tensor, index: Tensor, dy: Any, dx: Any, flip: Any, pad: int, mean: Any, std: Any, size: Any, mode: str,
+    channels_last: bool, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     _, height, width, channels = images.shape
-    return torch.empty((index.shape[0], height, width, channels), dtype=dtype, device=images.device).permute(0, 3, 1, 2)
+    height, width = (height, width) if size is None else size
+    if channels_last:
+        return torch.empty((index.shape[0], height, width, channels), dtype=dtype, device=images.device).permute(0, 3, 1, 2)
+    return torch.empty((index.shape[0], channels, height, width), dtype=dtype, device=images.device)
 
 
 def _no_gradient(ctx: Any, grad: Tensor) -> NoReturn:
@@ -46,8 +56,8 @@ def _no_gradient(ctx: Any, grad: Tensor) -> NoReturn:
 
 
 define(
-    "replay_gather(Tensor images, Tensor index, Tensor? dy, Tensor? dx, Tensor? flip, int pad, Tensor? mean, Tensor? std,"
-    " ScalarType dtype) -> Tensor",
+    "replay_gather(Tensor images, Tensor index, Tensor? dy, Tensor? dx, Tensor? flip, SymInt pad, Tensor? mean, Tensor? std,"
+    " SymInt[]? size, str mode, bool channels_last, ScalarType dtype) -> Tensor",
     _gather,
     _like,
     backward=_no_gradient,

@@ -1,0 +1,93 @@
+"""`fastkd run` with several ranks: the process that launches them, and what one of them does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastkd.cli import guard
+from fastkd.cli.common import emit, say
+from fastkd.cli.follow import Follower
+from fastkd.engine import launch
+from fastkd.errors import CheckpointError, ConfigError, FastkdError
+
+if TYPE_CHECKING:
+    from fastkd.config import RunConfig
+
+GRACE = 120
+"""Seconds that ranks have for their checkpoint after a stop signal."""
+
+
+def on_gpu(config: RunConfig) -> bool:
+    """Whether the ranks of this run have a GPU each."""
+    import torch
+
+    return config.device != "cpu" and torch.cuda.is_available()
+
+
+def launched(config: RunConfig, gpus: int, words: list[str], out: Path, resume: str, max_restarts: int, as_json: bool) -> int:
+    """Start the ranks, draw what they do, and say how it ended.
+
+    Args:
+      words: the options that decide the run, as every rank gets them.
+    Raises:
+      ConfigError: fewer GPUs than asked for, or one named. CheckpointError: nothing to resume.
+    """
+    from fastkd.assemble.execute import nothing_to_resume
+    from fastkd.cli import summary, terminal
+    from fastkd.engine import events, folder
+
+    refuse_missing_gpus(config, gpus)
+    if resume == "must" and not any((out / "checkpoints").glob("step-*")):
+        raise CheckpointError(nothing_to_resume(out))
+    folder.prepare(out, resume=resume != "no")
+    command = ["run", "--out", str(out.resolve()), "--resume=auto", *words]
+    with terminal.listener(out) as show, Follower(out, show):
+        code = launch.launch(gpus, command, out, max_restarts=max_restarts, grace=GRACE)
+    status = events.final(out) or {}
+    if status.get("state") == "fatal":
+        say(f"fastkd: {status.get('reason')}")
+    ended = [e for e in events.read(out / "events.jsonl") if e["kind"] in ("done", "stopped")] if (out / "events.jsonl").exists() else []
+    if ended and code in (0, 75):
+        emit({"code": code, "out": str(out), **ended[-1]["summary"]}) if as_json else summary.show(ended[-1]["summary"], out, code)
+    return code
+
+
+def refuse_missing_gpus(config: RunConfig, gpus: int) -> None:
+    """Refuse ranks that would have no GPU, unless the CPU is asked for; then say so."""
+    import torch
+
+    if config.device == "cpu":
+        say(f"{gpus} ranks on the CPU, talking through gloo")
+        return
+    if config.device not in ("auto", "cuda"):
+        raise ConfigError(f"--gpus {gpus} gives each rank a GPU of its own, and --device {config.device} names one; leave out one of them.")
+    found = torch.cuda.device_count()
+    if found < gpus:
+        raise ConfigError(
+            f"--gpus {gpus} was asked for and torch {torch.__version__} sees {found}; expected at most {found}."
+            if found
+            else f"--gpus {gpus} was asked for and torch {torch.__version__} sees none; add --device cpu to run {gpus} ranks on the CPU."
+        )
+
+
+def one_of_them(config: RunConfig, out: Path, work: Callable[[], int]) -> int:
+    """Be a rank. Under our own launcher a rank that must end the run writes why and leaves with 0: restarts are for crashes."""
+    from fastkd.engine import events
+
+    ours = bool(os.environ.get(launch.OURS))
+    if ours and events.final(out):
+        return 0  # a rank of the attempt before said so
+    try:
+        with launch.joined(on_gpu(config)):
+            code = work()
+    except Exception as e:
+        code = e.exit_code if isinstance(e, FastkdError) else guard.OUT_OF_MEMORY if guard.no_memory(e) else guard.UNEXPECTED
+        if not ours or code == guard.UNEXPECTED:
+            raise
+        if events.final(out) is None:
+            events.Events(out).status("fatal", code=code, reason=str(e))
+        say(f"fastkd: {e}")
+    return 0 if ours else code

@@ -1,0 +1,173 @@
+"""Several ranks: started by torch's elastic launcher, or joined where torchrun, Kubernetes, Ray or srun has started them.
+
+`launch` runs in the process that the user started and owns the exit code; `joined` is what each rank does first. The protocol
+between them is status.json: a rank that must end the run for good writes why and leaves with 0, so that restarts are spent on
+crashes alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import signal
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from fastkd.errors import ConfigError
+
+LAUNCHERS = ("auto", "torchrun", "slurm", "none")
+OURS = "FASTKD_LAUNCHED"
+"""Set by `launch` for its ranks: exit codes are then the launcher's business."""
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+TIMEOUT = timedelta(minutes=10)
+_PR_SET_PDEATHSIG = 1
+
+
+def is_rank(launcher: str) -> bool:
+    """Whether this process is one of several ranks that something has started already.
+
+    Args:
+      launcher: "auto" looks for the variables of torchrun and its like, "torchrun" insists on them, "slurm" reads srun's,
+        "none" never joins.
+    Raises:
+      ConfigError: an unknown launcher, or one whose variables are not there.
+    """
+    if launcher not in LAUNCHERS:
+        raise ConfigError(f"unknown launcher '{launcher}'; expected one of {', '.join(LAUNCHERS)}.")
+    if launcher == "slurm":
+        _from_slurm(os.environ)
+    found = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+    if launcher == "torchrun" and not found:
+        raise ConfigError("--launcher torchrun was given, but RANK and WORLD_SIZE are not set; start it as `torchrun ... -m fastkd run`.")
+    return found and launcher != "none"
+
+
+def _from_slurm(env: Any) -> None:
+    """Translate srun's variables into torchrun's, where those are not set."""
+    missing = [k for k in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID") if k not in env]
+    if missing:
+        raise ConfigError(f"--launcher slurm was given, but {missing[0]} is not set; start it with srun, one task a GPU.")
+    env.setdefault("RANK", env["SLURM_PROCID"])
+    env.setdefault("WORLD_SIZE", env["SLURM_NTASKS"])
+    env.setdefault("LOCAL_RANK", env["SLURM_LOCALID"])
+    hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "localhost"
+    env.setdefault("MASTER_ADDR", first_host(hosts))
+    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+
+
+def first_host(hosts: str) -> str:
+    """The first name of a SLURM host list: `gpu[07-09,12],b1` → `gpu07`."""
+    found = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", hosts)
+    return hosts if found is None else found[1] + (found[2] or "")
+
+
+# A rank ---------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def joined(on_gpu: bool) -> Iterator[None]:
+    """Be a rank for the duration: process group, own GPU, and a signal if the launcher dies."""
+    import torch
+    import torch.distributed as dist
+
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if dist.is_initialized():  # Ray Train: the group is up and is not ours to end
+        yield
+        return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _die_with_parent()
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=_store(dist), rank=rank, world_size=world, timeout=TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _store(dist: Any) -> Any:
+    """The rendezvous of this attempt. torchrun's agent keeps its store over restarts and its keys carry no attempt number, so a
+    restarted rank could read the address of a dead one; a prefix for each attempt keeps them apart."""
+    env = os.environ
+    address, port, first = env["MASTER_ADDR"], int(env["MASTER_PORT"]), env["RANK"] == "0"
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.TCPStore(address, port, is_master=False, timeout=TIMEOUT)
+        return dist.PrefixStore(f"fastkd/attempt_{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return dist.TCPStore(address, port, int(env["WORLD_SIZE"]), first, TIMEOUT)
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the launcher is gone, however it went: no rank is orphaned (Linux)."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+# The launcher ---------------------------------------------------------------------------------------------------------
+
+
+def launch(ranks: int, argv: Sequence[str], out: Path, *, max_restarts: int, grace: int) -> int:
+    """Start `ranks` processes of `python -m fastkd ARGV` on this machine and wait for them.
+
+    Args:
+      argv: the command of a rank; each gets the same.
+      out: run folder; the output of rank r lies in out/logs.
+      max_restarts: how often all ranks are started again after a crash of one. grace: seconds between a stop signal and SIGKILL.
+    Returns:
+      The run's exit code: that of status.json where the ranks ended it, 1 after a crash, 128 + n after a signal.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, get_args_parser
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # each attempt hosts a store of its own, see `_store`
+    os.environ[OURS] = "1"
+    (out / "status.json").unlink(missing_ok=True)  # of an earlier start
+    # torchrun's own parser makes the configuration, so that PET_* variables keep working. Port 0: two runs on a host never collide.
+    config, _, _ = config_from_args(
+        get_args_parser().parse_args(
+            [f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
+             f"--rdzv-id={uuid.uuid4().hex}", "-m", "fastkd"]
+        )
+    )  # fmt: skip
+    config.signals_to_handle = SIGNALS
+    if hasattr(config, "shutdown_timeout"):  # not in torch 2.11, whose grace is 30 s
+        config.shutdown_timeout = grace
+    config.logs_specs = DefaultLogsSpecs(log_dir=str(out / "logs"), redirects=Std.ALL, tee=Std.NONE)
+    code = 0
+    try:
+        elastic_launch(config, sys.executable)("-u", "-m", "fastkd", *argv)
+    except ChildFailedError as e:
+        code = 1
+        sys.stderr.write(first_failure(e, out))
+    except SignalException as e:
+        code = 128 + int(e.sigval)
+    return code_of(out, code)
+
+
+def first_failure(error: Any, out: Path) -> str:
+    """Which rank failed first, how, and the end of its log; the other ranks' failures are its consequence."""
+    rank, failure = error.get_first_failure()
+    how = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+    logs = sorted((out / "logs").glob(f"**/{rank}/stderr.log"), key=lambda p: p.stat().st_mtime)
+    lines = logs[-1].read_text(encoding="utf-8", errors="replace").splitlines()[-20:] if logs else []
+    where = f" (its log: {logs[-1]})" if logs else ""
+    return "\n".join([f"rank {rank} failed first, with {how}{where}:", *(f"  {line}" for line in lines), ""])
+
+
+def code_of(out: Path, otherwise: int) -> int:
+    """The exit code that the ranks left in status.json; `otherwise` where they left none."""
+    try:
+        status = json.loads((out / "status.json").read_bytes())
+        return int(status["code"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return otherwise

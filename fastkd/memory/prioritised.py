@@ -1,0 +1,177 @@
+"""A store whose rows are drawn in proportion to a priority that is written back after use: prioritised replay."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd import ranks
+from fastkd.errors import unknown
+from fastkd.memory.evict import RULES
+from fastkd.memory.store import Quant, Rows, Store, Tier
+from fastkd.ops import replay_sample, replay_sums, replay_update
+from fastkd.rng import Rng
+
+Rule = Literal["frequent", "lowest", "fifo"]
+Duplicates = Literal["last", "max", "mean"]
+
+
+class Drawn(NamedTuple):
+    """This rank's rows of a drawn batch: the rows for `Method.view`, their numbers [b] int64, their probabilities [b]."""
+
+    rows: Rows
+    i: Tensor
+    p: Tensor
+
+
+class Prioritised(Store):
+    """A store with a priority a row. Row i is drawn with probability P_i = q_i / sum(q), where q_i = (|priority_i| + eps)^alpha.
+
+    Priorities are equal on all ranks, and so are the draws, without communication; each rank keeps its own rows of a batch. When it
+    is full, new rows replace those that `leaving` names. All of its tensors are state: nothing else is saved. A loop of one's own:
+
+        for n in range(steps):
+            rng.at(seed, 0, "learn", n)                       # draws depend on this key alone: a resumed loop goes on exactly
+            rows, i, p = store.draw(256)
+            weight = (len(store) * p) ** -beta                # importance weights are the caller's
+            loss = …                                          # rows.gather(dy=…, dx=…, flip=…, mean=…, std=…) are the images
+            store.write(i, loss.detach())
+
+    Args:
+      rng, capacity, shape, dtype, quant, tier, columns: as in `Store`.
+      classes: number of classes, if the column `label` is to be counted (`share`, and the rule "frequent").
+      rule: who leaves a full store: "frequent", the lowest priority of what is then the most frequent class; "lowest" priority; "fifo".
+      alpha: exponent of the priority. eps: keeps a row with priority 0 drawable.
+    Raises:
+      ValueError: an unknown rule, or one that counts classes without `classes` and a column `label`.
+    """
+
+    def __init__(
+        self,
+        rng: Rng,
+        capacity: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype = torch.uint8,
+        *,
+        classes: int = 0,
+        rule: Rule = "frequent",
+        alpha: float = 1.0,
+        eps: float = 1e-6,
+        quant: Quant = "floor",
+        tier: Tier = "device",
+        **columns: torch.dtype,
+    ):
+        if rule not in RULES:
+            raise ValueError(unknown("rule", rule, RULES))
+        if (classes or rule == "frequent") and (not classes or "label" not in columns):
+            raise ValueError(f"rule '{rule}' with {classes} classes: counting needs the number of classes and a column 'label'")
+        super().__init__(rng, capacity, shape, dtype, quant=quant, tier=tier, **columns)  # type: ignore[arg-type]
+        self.rule, self.alpha, self.eps = rule, alpha, eps
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.leaves = torch.zeros(capacity, dtype=wide, device=rng.device)
+        self.sums = replay_sums(self.leaves)
+        self.born = torch.zeros(capacity, dtype=torch.int64, device=rng.device)
+        self.hist = torch.zeros(classes, dtype=torch.int64, device=rng.device)
+        self.refused = torch.zeros((), dtype=torch.int64, device=rng.device)
+
+    def add(self, x: Tensor, priority: Tensor | None = None, **columns: Tensor) -> Tensor:
+        """Insert this rank's rows of a batch; a full store gives up as many rows as do not fit.
+
+        Args:
+          x: [b, C, H, W] as in `Store.add`.
+          priority: [b], or None: the highest that is stored (1 in an empty store), so that new rows are drawn soon.
+          columns: one [b] tensor for each of the store's columns.
+        Returns:
+          [b·W] int64, the rows that the global batch took.
+        Raises:
+          ValueError: more rows than the store holds, or columns that do not fit.
+        """
+        at = super().add(x, **columns)
+        self._count(at, 1)
+        self.born[at] = torch.arange(self.written - len(at), self.written, device=at.device)
+        if priority is None:
+            top = self.leaves.amax()
+            self._write(at, torch.where(top > 0, top, torch.ones_like(top)).expand(len(at)))
+        else:
+            self._write(at, self._leaf(ranks.gather(priority.detach())))
+        return at
+
+    def _slots(self, n: int) -> Tensor:
+        if n > self.capacity:
+            raise ValueError(f"the store holds {self.capacity} images; {n} at once do not fit")
+        over = max(0, self.fill + n - self.capacity)
+        free = torch.arange(self.fill, self.fill + n - over, device=self.born.device)
+        if not over:
+            return free
+        leaving = self.leaving(over)
+        self._count(leaving, -1)
+        return torch.cat((free, leaving))
+
+    def leaving(self, n: int) -> Tensor:
+        """The `n` stored rows that are given up next, int64 [n], by `rule`; override it for a rule of one's own (`memory.evict`)."""
+        label = self.columns.get("label", self.born)
+        leaves, label, born = (v[: self.fill] for v in (self.leaves, label, self.born))
+        return RULES[self.rule](leaves, label, born, n)
+
+    def _count(self, at: Tensor, sign: int) -> None:
+        if len(self.hist):
+            self.hist.index_add_(0, self.columns["label"][at].to(torch.int64), torch.full_like(at, sign))
+
+    def _leaf(self, priority: Tensor) -> Tensor:
+        return (priority.to(self.leaves.dtype).abs() + self.eps) ** self.alpha
+
+    def _write(self, at: Tensor, leaf: Tensor, duplicates: Duplicates = "last") -> None:
+        self.refused += replay_update(self.leaves, self.sums, at, leaf, duplicates=duplicates)
+
+    def draw(self, batch: int, name: str = "draw") -> Drawn:
+        """This rank's rows of a batch drawn with replacement (no host read; rows in host memory are on their way when it returns).
+
+        Args:
+          batch: rows of the global batch. name: stream of the draws.
+        Raises:
+          ValueError: nothing is stored yet, or a batch that cannot be dealt to the ranks.
+        """
+        if not self.fill:
+            raise ValueError("nothing is stored yet, so no batch can be drawn")
+        ranks.rows(batch)
+        key = self.rng.counter(name)
+        index, probability, _ = replay_sample(self.leaves, self.sums, key=key, n=batch)
+        key[1] += batch
+        index = ranks.local(index)
+        return Drawn(self.rows(index), index, ranks.local(probability))
+
+    def write(self, index: Tensor, priority: Tensor, *, duplicates: Duplicates = "last") -> None:
+        """Write this rank's new priorities back; the same happens on all ranks.
+
+        Args:
+          index: [b] row numbers of `draw`. priority: [b]; its sign is dropped.
+          duplicates: what a row that was drawn more than once gets: the "last" value, the largest ("max"), or the "mean" (of q).
+        Raises:
+          ValueError: on the CPU, a priority that is not finite. On a GPU it is left out and counted in `refused`.
+        """
+        self._write(ranks.gather(index), self._leaf(ranks.gather(priority.detach())), duplicates)
+
+    def set_alpha(self, alpha: float) -> None:
+        """Change the exponent of the priorities; stored ones are transformed. Both exponents must be positive."""
+        if not (alpha > 0 and self.alpha > 0):
+            raise ValueError(f"alpha goes from {self.alpha} to {alpha}; both must be positive")
+        self.leaves.pow_(alpha / self.alpha)
+        self.sums.copy_(replay_sums(self.leaves))
+        self.alpha = alpha
+
+    def share(self) -> Tensor:
+        """[classes] the share of each class among the stored images, in torch's default dtype; zeros in an empty store."""
+        return self.hist / max(1, self.fill)
+
+    def probabilities(self) -> Tensor:
+        """[capacity] the probability of each row, 0 where nothing is stored."""
+        return self.leaves / self.sums[0, -1].to(self.leaves.dtype)
+
+    def least(self) -> Tensor:
+        """[] the smallest probability of a stored row: importance weights divided by that row's are at most 1."""
+        return (self.sums[1, -1] / self.sums[0, -1]).to(self.leaves.dtype)
+
+    def newest(self, n: int) -> Tensor:
+        return self.born[: self.fill].argsort()[max(0, self.fill - n) :]

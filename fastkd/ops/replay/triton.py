@@ -1,0 +1,103 @@
+"""Triton kernel of the gather: the path without a compiler on GPUs, and interpreted on CPU tensors for the tests.
+
+A program makes a block of one image's elements, in the order in which they lie in memory. A row number outside the store is clamped.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _native
+from .values import Values
+
+
+@triton.jit
+def _read(image_ptr, lut_ptr, r, q, c, m, height, width, channels, BYTES: tl.constexpr, WIDE: tl.constexpr):
+    # The value of a pixel as a float; black outside the image.
+    inside = m & (r >= 0) & (r < height) & (q >= 0) & (q < width)
+    v = tl.load(image_ptr + (r * width + q) * channels + c, mask=inside, other=0)
+    if BYTES:
+        return tl.load(lut_ptr + v.to(tl.int32))
+    else:
+        return v.to(WIDE)
+
+
+@triton.jit
+def _gather_kernel(
+    images_ptr, index_ptr, dy_ptr, dx_ptr, flip_ptr, lut_ptr, mean_ptr, std_ptr, y_ptr, x_ptr, wy_ptr, wx_ptr, out_ptr,
+    stored, height, width, channels, stride, out_height, out_width, pad, blocks,
+    HAS_DY: tl.constexpr, HAS_DX: tl.constexpr, HAS_FLIP: tl.constexpr, RESIZED: tl.constexpr, BLENDED: tl.constexpr, BYTES: tl.constexpr,
+    LAST: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    b = program // blocks
+    e = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    elements = out_height.to(tl.int64) * out_width * channels
+    m = e < elements
+    if LAST:
+        c, j, i = e % channels, e // channels % out_width, e // channels // out_width
+    else:
+        j, i, c = e % out_width, e // out_width % out_height, e // out_width // out_height
+    at = tl.minimum(tl.maximum(tl.load(index_ptr + b), 0), stored - 1)
+    image_ptr = images_ptr + at * stride
+    down, right = b * 0, b * 0
+    if HAS_DY:
+        down = tl.load(dy_ptr + b) - pad
+    if HAS_DX:
+        right = tl.load(dx_ptr + b) - pad
+    y, x = i, j
+    if RESIZED:
+        y, x = tl.load(y_ptr + i, mask=m, other=0), tl.load(x_ptr + j, mask=m, other=0)
+    turned, sign = b * 0, b * 0 + 1
+    if HAS_FLIP:
+        flip = tl.load(flip_ptr + b).to(tl.int64)
+        turned, sign = flip * (width - 1), 1 - 2 * flip
+    q = turned + sign * x + right
+    if BLENDED:
+        next_y, next_x = tl.minimum(y + 1, height - 1), tl.minimum(x + 1, width - 1)
+        n = turned + sign * next_x + right
+        wy, wx = tl.load(wy_ptr + i, mask=m, other=0.0), tl.load(wx_ptr + j, mask=m, other=0.0)
+        a = _read(image_ptr, lut_ptr, y + down, q, c, m, height, width, channels, BYTES, WIDE)
+        d = _read(image_ptr, lut_ptr, y + down, n, c, m, height, width, channels, BYTES, WIDE)
+        left = a + (_read(image_ptr, lut_ptr, next_y + down, q, c, m, height, width, channels, BYTES, WIDE) - a) * wy
+        far = d + (_read(image_ptr, lut_ptr, next_y + down, n, c, m, height, width, channels, BYTES, WIDE) - d) * wy
+        v = left + (far - left) * wx
+    else:
+        v = _read(image_ptr, lut_ptr + c * 256, y + down, q, c, m, height, width, channels, BYTES, WIDE)
+    if BLENDED or not BYTES:
+        v = (v - tl.load(mean_ptr + c, mask=m, other=0.0)) / tl.load(std_ptr + c, mask=m, other=1.0)
+    tl.store(out_ptr + b * elements + e, v.to(out_ptr.dtype.element_ty), mask=m)
+
+
+def replay_gather(
+    images: Tensor,
+    index: Tensor,
+    draws: tuple[Tensor | None, Tensor | None, Tensor | None],
+    pad: int,
+    values: Values,
+    out: Tensor,
+    channels_last: bool,
+) -> None:
+    """Fills `out` [B, C, H, W]; `draws` are dy, dx and flip."""
+    if out.numel() == 0:
+        return
+    if images.shape[0] == 0:
+        raise ValueError("the store is empty")
+    _native.check_range("row", index, images.shape[0])
+    stored, height, width, channels = images.shape
+    index = index.contiguous()
+    dy, dx, flip = (None if v is None else v.contiguous() for v in draws)
+    tables = (values.lut, values.mean, values.std, values.y, values.x, values.wy, values.wx)
+    tensors = [index if v is None else v for v in (dy, dx, None if flip is None else flip.view(torch.uint8), *tables)]  # stand-ins
+    block = 1024
+    blocks = triton.cdiv(out[0].numel(), block)
+    with _native.on(images.device):
+        _gather_kernel[(blocks * len(index),)](
+            images, index, *tensors, out, stored, height, width, channels, images.stride(0), *out.shape[2:], pad, blocks,
+            HAS_DY=dy is not None, HAS_DX=dx is not None, HAS_FLIP=flip is not None, RESIZED=values.y is not None,
+            BLENDED=values.blended, BYTES=values.lut is not None, LAST=channels_last,
+            WIDE=tl.float64 if values.wide == torch.float64 else tl.float32, BLOCK=block,
+        )  # fmt: skip
