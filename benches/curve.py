@@ -14,7 +14,7 @@ from xml.sax.saxutils import escape
 
 from fastkd.engine.events import curve, read
 
-from .__main__ import cpu_name, revision
+from .facts import cpuinfo, revision
 
 COLOURS = ("#1664c0", "#2a8a3e", "#c06a16", "#7a3fb0", "#b33333", "#16898c")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 320, 48, 12, 12, 36
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         name, _, folder = word.rpartition("=")
         command = args.command[i] if i < len(args.command) else None
         records.append({"name": name or Path(folder).name, "command": command, **measured(Path(folder))})
-    about = {"what": "top-1 (%) on test images against wall minutes", "commit": args.commit, "cpu": cpu_name(), "load": args.load}
+    about = {"what": "top-1 (%) on test images against wall minutes", "commit": args.commit, "cpu": cpuinfo("model name"), "load": args.load}
     out = {**about, "runs": records}
     args.json.write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
     if args.svg:
