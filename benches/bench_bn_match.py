@@ -3,8 +3,7 @@
 - All BN layers of a network as one row, without its convolutions, one loss over all of them. Not against torch.compile: with the input
   of a layer as a graph input the compiler stores a ReLU mask that it does not store inside a network, which flatters us.
 - Whole teachers, against hooks and against the compiled network with statistics in both forms that a user may write.
-- A ladder from the published way to ours: each gain beside the rung that earned it (`x_rung`: times faster than the rung above).
-- The same work with one thread and with two.
+- A ladder from the published way to ours: each gain beside the rung that earned it.
 
 `x_best_eager` compares with the hooks in whichever layout they are faster: in channels_last they copy into another order.
 """
@@ -12,7 +11,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -51,13 +49,10 @@ class Work:
 GROUPS = (Work("resnet20", 32, 256, 256), Work("cifar_resnet34", 32, 64, 64), Work("resnet50", 112, 16, 64), Work("resnet50", 224, 8, 64))
 TEACHERS = (Work("resnet20", 32, 256, 256), Work("cifar_resnet34", 32, 32, 256))
 TINY = (Work("resnet20", 8, 4, 4),)
-THREADS = (1, 2)
 
 
 def run(plan: Plan) -> list[dict[str, Any]]:
-    rows = measure_all(cases(plan), plan)
-    steps = measure_all((ladder(plan, work) for work in teachers(plan)), plan)
-    return best_eager(rows) + rungs(steps[::-1] if plan.swap else steps)
+    return best_eager(measure_all(cases(plan), plan))
 
 
 def teachers(plan: Plan) -> tuple[Work, ...]:
@@ -73,25 +68,21 @@ def cases(plan: Plan) -> Iterator[Case]:
         for layout in LAYOUTS:
             yield teacher(plan, work, layout, torch.float32)
         yield teacher(plan, work, "channels_last", torch.bfloat16)
-    if not plan.cuda:
-        yield threads(plan, teachers(plan)[0])
+    for work in teachers(plan):
+        yield ladder(plan, work)
 
 
 def best_eager(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Adds the ratio to the hooks in their better layout, of the same case and dtype."""
-    fine = [r for r in rows if r.get("ok") and "ms" in r]
+
+    def alike_in(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["case"], row["dtype"], row.get("threads")
+
+    fine = [r for r in rows if r.get("ok") and "ms" in r and "rung" not in r]
     for row in fine:
-        alike = [r["ms"] for r in fine if r["kind"] == "eager" and (r["case"], r["dtype"]) == (row["case"], row["dtype"])]
+        alike = [r["ms"] for r in fine if r["kind"] == "eager" and alike_in(r) == alike_in(row)]
         if alike and row["kind"] != "eager":
             row["x_best_eager"] = round(min(alike) / row["ms"], 3)
-    return rows
-
-
-def rungs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adds the ratio to the rung above."""
-    for above, row in itertools.pairwise(rows):
-        if above.get("ok") and row.get("ok") and above["case"] == row["case"]:
-            row["x_rung"] = round(above["ms"] / row["ms"], 3)
     return rows
 
 
@@ -311,49 +302,23 @@ def ladder(plan: Plan, work: Work) -> Case:
     s, bf16 = Setting(plan, work), torch.bfloat16
     fused = reported(instrument(s.net("channels_last")))
     weights = tuple(s.trainable.parameters())
-    steps: list[tuple[str, str, Call]] = [
-        ("published: hooks, weight gradients", "NCHW", s.call(hooked(s.trainable), "NCHW", also=weights)),
-        ("+ frozen weights", "NCHW", s.call(hooked(s.net("NCHW")), "NCHW")),
-        ("+ channels_last", "channels_last", s.call(hooked(s.net("channels_last")), "channels_last")),
-        ("+ fused ops", "channels_last", s.call(fused, "channels_last")),
-        ("+ bf16", "channels_last", s.call(fused, "channels_last", bf16)),
-    ]
-    kinds = ["eager"] * 3 + ["ours"] * 2
-    return Case(
-        op=OP,
-        labels=labels(f"ladder {work.net}", work, s.batch, "", None),
-        providers=[Provider(name, kind, call) for (name, _, call), kind in zip(steps, kinds)],
-        truth=s.truth(),
-        baseline=steps[0][0],
-        tolerance=slack(bf16),
-    )
+    fp32, half = {"dtype": "float32"}, {"dtype": "bfloat16"}
+    nchw, last = {"layout": "NCHW"} | fp32, {"layout": "channels_last"} | fp32
 
-
-def threads(plan: Plan, work: Work) -> Case:
-    """What a second thread brings, to the hooks and to us."""
-    s = Setting(plan, work)
-    ways = {"hooks": ("eager", hooked(s.net("channels_last"))), "ours": ("ours", reported(instrument(s.net("channels_last"))))}
-
-    def on(count: int, call: Call) -> Call:
-        def limited() -> Sequence[Tensor]:
-            before = torch.get_num_threads()
-            torch.set_num_threads(count)
-            try:
-                return call()
-            finally:
-                torch.set_num_threads(before)
-
-        return limited
+    def rung(name: str, earned: str, kind: str, call: Call, labels: dict[str, str], **more: Any) -> Provider:
+        return Provider(name, kind, call, rung=earned, labels=labels, **more)
 
     return Case(
         op=OP,
-        labels=labels(f"threads {work.net}", work, s.batch, "channels_last", torch.float32),
+        labels={k: v for k, v in labels(f"ladder {work.net}", work, s.batch, "", None).items() if v},
         providers=[
-            Provider(f"{name}, {n} thread{'s' * (n > 1)}", kind, on(n, s.call(fn, "channels_last")))
-            for n in THREADS
-            for name, (kind, fn) in ways.items()
+            rung("published", "as published", "eager", s.call(hooked(s.trainable), "NCHW", also=weights), nchw),
+            rung("frozen", "freezing", "eager", s.call(hooked(s.net("NCHW")), "NCHW"), nchw),
+            rung("channels_last", "channels_last", "eager", s.call(hooked(s.net("channels_last")), "channels_last"), last),
+            rung("fused ops", "kernels", "ours", s.call(fused, "channels_last"), last),
+            rung("bf16", "bf16", "ours", s.call(fused, "channels_last", bf16), last | half, tolerance=slack(bf16)),
         ],
         truth=s.truth(),
-        baseline="hooks, 1 thread",
+        baseline="published",
         tolerance=slack(torch.float32),
     )

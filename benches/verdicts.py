@@ -32,7 +32,6 @@ class _Found:
     value: float | None = None
     reason: str = ""
     ms: float | None = None
-    bound: bool = False
 
 
 def judge(target: Target, record: dict[str, Any] | None, threads: int | None = None) -> Verdict:
@@ -45,7 +44,7 @@ def judge(target: Target, record: dict[str, Any] | None, threads: int | None = N
         return Verdict("not run", f"not run: {why}")
     worst = min(found, key=lambda f: (ORDER.index(f.status), f.value or 0.0))
     values = sorted(f.value for f in found if f.value is not None)
-    measured = _span(target, values, any(f.bound for f in found))
+    measured = _span(target, values)
     if worst.status == "wrong":
         return Verdict("wrong", f"wrong: {worst.reason}")
     if target.needs and target.needs not in record["facts"].get("flags", ()):
@@ -60,7 +59,8 @@ def judge(target: Target, record: dict[str, Any] | None, threads: int | None = N
     return Verdict("met", f"met: {measured}{tail}", max(f.ms or 0.0 for f in found))
 
 
-def _span(target: Target, values: list[float], bound: bool) -> str:
+def _span(target: Target, values: list[float]) -> str:
+    """The worst value and the best."""
     if not values:
         return ""
 
@@ -71,7 +71,7 @@ def _span(target: Target, values: list[float], bound: bool) -> str:
         low, high = (f"{100 * v:.0f} %" for v in (values[0], values[-1]))
     else:
         low, high = one(values[0]), one(values[-1])
-    return ("at least " if bound else "") + (low if low == high else f"{low} to {high}")
+    return low if low == high else f"{low} to {high}"
 
 
 def _groups(target: Target, rows: Iterable[Row], threads: int | None) -> list[list[Row]]:
@@ -103,17 +103,15 @@ def _case(target: Target, rows: list[Row], facts: dict[str, Any]) -> _Found:
         why = next((r.get("reason") or r.get("check") for r in named), None)
         return _Found("not run", reason=str(why or f"no row '{target.rivals[0]}'"), ms=own["ms"])
     rival = min(timed, key=lambda r: r["ms"])
-    theirs, mine, bound = rival["ms"], own["ms"], False
+    theirs = rival["ms"]
     if target.less:
         base = next((r for r in rows if r["provider"] == target.less and "ms" in r), None)
         if base is None:
-            return _Found("not run", reason=f"no row '{target.less}'", ms=mine)
-        smallest = own["p80"] - own["p20"] + base["p80"] - base["p20"]
-        bound = mine - base["ms"] < smallest  # lost in the spread: the spread is what it costs at most
-        theirs, mine = theirs - base["ms"], max(mine - base["ms"], smallest)
-    value = theirs / max(mine, 1e-9)
+            return _Found("not run", reason=f"no row '{target.less}'", ms=own["ms"])
+        theirs -= base["ms"]
+    value = theirs / own["ms"]
     met = value >= target.least or (target.even and own["p20"] <= rival["p80"])
-    return _Found("met" if met else "short", value, ms=own["ms"], bound=bound)
+    return _Found("met" if met else "short", value, ms=own["ms"])
 
 
 def _own(target: Target, rows: list[Row], facts: dict[str, Any]) -> Row | None:

@@ -6,8 +6,8 @@ from typing import Any
 
 
 def row(provider: str, ms: float | None = None, kind: str = "ours", **more: Any) -> dict[str, Any]:
-    """A row of the case "all layers"; without a time it has a reason."""
-    labels = {"op": "frozen_bn_act_stats", "case": "all layers of resnet20", "shape": "8x3x8x8", "layout": "NCHW", "dtype": "float32"}
+    """A row of the case "BN layers"; without a time it has a reason."""
+    labels = {"op": "frozen_bn_act_stats", "case": "BN layers resnet20", "shape": "8x3x8x8", "layout": "NCHW", "dtype": "float32"}
     out: dict[str, Any] = {**labels, "pass": "fwd+bwd", "threads": 1, "provider": provider, "kind": kind, "ok": True}
     out |= {"reason": "is not here"} if ms is None else {"ms": ms, "p20": 0.95 * ms, "p80": 1.05 * ms}
     return out | more

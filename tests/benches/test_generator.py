@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import fastkd.nn as fnn
-from benches import bench_generator, check
+from benches import _timing, bench_generator, check, targets, verdicts
 from benches._case import Plan
 from fastkd import ops
+
+from .records import record
 
 PLAN = Plan(torch.device("cpu"), quick=True, compile=False)
 
@@ -60,3 +62,12 @@ def test_gradients_of_frozen_weights_are_asked_for_by_the_published_way_only():
     frozen = base.copied()
     assert not any(p.requires_grad for net in (frozen.teacher, frozen.student) for p in net.parameters())
     assert frozen.generator.training and not frozen.teacher.training and not frozen.student.training
+
+
+def test_its_targets_find_their_rows(case):
+    found = record(_timing.measure(case, PLAN), "generator", type="cpu", flags=["amx_bf16"])
+    for target in targets.CPU:
+        if target.bench == "generator":
+            text = verdicts.judge(target, found).text
+            assert "no such row" not in text and "no row" not in text, text
+            assert "x" in text or "not compiled" in text or "fuse_generator" in text or "bf16 arithmetic" in text, text

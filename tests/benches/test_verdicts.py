@@ -7,11 +7,12 @@ import pytest
 from benches import BENCHES, targets, verdicts
 from benches.targets import Target
 from benches.verdicts import judge
+from fastkd.ops._registry import OPS
 
 from .records import record, row
 
-EAGER = Target("a row", "eager", "bn_match", {"case": "all layers*"}, 5, ("hooks",))
-COMPILED = Target("a row", "compile", "bn_match", {"case": "all layers*"}, 1, ("compile*",), even=True)
+EAGER = Target("a row", "eager", "bn_match", {"case": "BN layers*"}, 5, ("hooks",))
+COMPILED = Target("a row", "compile", "bn_match", {"case": "BN layers*"}, 1, ("compile*",), even=True)
 
 
 def status(target: Target, *rows, threads: int | None = 1, **facts) -> tuple[str, str]:
@@ -75,13 +76,11 @@ def test_the_fastest_rival_counts():
     assert status(COMPILED, *rows) == ("short", "short: 0.50x of 1x")
 
 
-def test_what_is_added_to_a_forward():
-    added = Target("a row", "peer", "bn_match", {}, 100, ("grad-cam",), less="forward")
-    base, peer = row("forward", 10.0, "eager", p20=9.999, p80=10.001, ok=None), row("grad-cam", 40.0, "peer")
-    rows = [base, peer, row("ours: cpp", 10.1, p20=10.099, p80=10.101)]
+def test_what_a_rival_adds_to_a_forward():
+    added = Target("a row", "peer", "bn_match", {}, 100, ("grad-cam",), ours="ours: maps alone", less="forward")
+    rows = [row("forward", 10.0, "eager", ok=None), row("grad-cam", 40.0, "peer"), row("ours: maps alone", 0.1)]
     assert status(added, *rows) == ("met", "met: 300x")
-    lost = [base, peer, row("ours: cpp", 9.9, p20=9.9, p80=10.1)]  # cheaper than nothing: the spread is taken instead
-    assert status(added, *lost) == ("met", "met: at least 149x")
+    assert status(added, *rows[1:]) == ("not run", "not run: no row 'forward'")
 
 
 def test_share_of_a_copy():
@@ -111,7 +110,12 @@ def test_every_target_says_what_it_wants(target: Target):
     assert not target.needs or target.needs in targets.MACHINE
 
 
+def test_every_op_with_two_kinds_of_gpu_kernels_is_held_to_its_twin():
+    both = {name for name, op in OPS.items() if {"cuda", "triton"} <= set(op.order.get("cuda", ()))}
+    assert both <= targets.TWINS.keys() <= OPS.keys()
+
+
 def test_the_ladder_differs_in_labels_and_is_one_case():
-    step = next(t for t in targets.CPU if t.bench == "generator" and t.against == "published way")
+    step = next(t for t in targets.CPU if t.bench == "generator" and t.against == "the published way")
     rows = [row("published", 30.0, "eager"), row(step.ours, 10.0, layout="channels_last")]
     assert judge(step, record(rows, "generator"), 1).text == "met: 3.00x"
