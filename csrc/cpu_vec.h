@@ -8,6 +8,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 
 namespace fastkd {
 namespace {
@@ -29,15 +32,26 @@ template <class To, class From> inline To bit_cast_(From f) {
   return t;
 }
 
+// fp16 to fp32 and back, in integers: U and F are a 32-bit scalar or a register of them. The same bits as the processor's own
+// conversion: subnormals exact, to nearest even, a NaN becomes quiet and keeps its payload. No fp32 subnormal occurs on the way, so
+// that flushing them changes nothing: 0.5f has a last place of 2^-24, that of an fp16 subnormal.
+template <class F, class U> inline F half_to_float(U h) {
+  const U sign = (h & 0x8000u) << 16, rest = h & 0x7fffu, scaled = rest << 13;
+  const U tiny = bit_cast_<U>(bit_cast_<F>(rest + 0x3f000000u) - 0.5f), none = U{}, quiet = none + 0x400000u;
+  const U special = (scaled + 0x70000000u) | (rest > 0x7c00u ? quiet : none);
+  return bit_cast_<F>(sign | (rest < 0x400u ? tiny : rest < 0x7c00u ? scaled + 0x38000000u : special));
+}
+template <class U, class F> inline U float_to_half(F v) {
+  const U u = bit_cast_<U>(v), sign = (u >> 16) & 0x8000u, size = u & 0x7fffffffu, infinite = U{} + 0x7c00u;
+  const U tiny = bit_cast_<U>(bit_cast_<F>(size) + 0.5f) - 0x3f000000u, nan = 0x7e00u | ((size >> 13) & 0x3ffu);
+  const U normal = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13;
+  return sign | (size > 0x7f800000u ? nan : size >= 0x477ff000u ? infinite : size < 0x38800000u ? tiny : normal);
+}
+
 inline float load(float v) { return v; }
 inline double load(double v) { return v; }
 inline float load(BFloat v) { return bit_cast_<float>(uint32_t(v.bits) << 16); }
-inline float load(Half v) {
-  const uint32_t sign = uint32_t(v.bits & 0x8000u) << 16, rest = v.bits & 0x7fffu;
-  if (rest >= 0x7c00u) return bit_cast_<float>(sign | 0x7f800000u | (rest & 0x3ffu) << 13);  // infinity, NaN
-  const float magnitude = bit_cast_<float>(rest << 13) * 0x1p112f;                          // exact, subnormals included
-  return bit_cast_<float>(sign | bit_cast_<uint32_t>(magnitude));
-}
+inline float load(Half v) { return half_to_float<float>(uint32_t(v.bits)); }
 
 inline void store(float& o, float v) { o = v; }
 inline void store(double& o, double v) { o = v; }
@@ -46,16 +60,7 @@ inline void store(BFloat& o, float v) {  // to nearest even; NaN stays NaN
   const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   o.bits = uint16_t((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : rounded);
 }
-inline void store(Half& o, float v) {
-  const uint32_t u = bit_cast_<uint32_t>(v), sign = (u >> 16) & 0x8000u, mag = u & 0x7fffffffu;
-  if (mag > 0x7f800000u) { o.bits = uint16_t(sign | 0x7e00u); return; }
-  if (mag >= 0x477ff000u) { o.bits = uint16_t(sign | 0x7c00u); return; }                     // rounds past 65504
-  if (mag < 0x38800000u) {                                                                   // subnormal: the adder rounds
-    o.bits = uint16_t(sign | (bit_cast_<uint32_t>(bit_cast_<float>(mag) + 0.5f) - 0x3f000000u));
-    return;
-  }
-  o.bits = uint16_t(sign | ((mag - 0x38000000u + 0xfffu + ((mag >> 13) & 1u)) >> 13));
-}
+inline void store(Half& o, float v) { o.bits = uint16_t(float_to_half<uint32_t>(v)); }
 
 // Sixteen lanes as an array of registers, in the vector extension of GCC and Clang. (One vector of 64 bytes would be shorter to
 // write, but GCC takes it apart lane by lane where registers are narrower.)
@@ -116,6 +121,35 @@ inline void vstore(BFloat* p, const V<float>& v) {
     __builtin_memcpy(p + i * V::kWide, &out, sizeof out);
   }
 }
+inline V<float> vload(const Half* p) {
+  using V = fastkd::V<float>;
+  V v;
+  FASTKD_EACH {
+#if defined(__AVX512F__)
+    v.r[i] = (V::R)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(p + i * V::kWide)));
+#elif defined(__F16C__)
+    v.r[i] = (V::R)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + i * V::kWide)));
+#else
+    U16 u;
+    __builtin_memcpy(&u, p + i * V::kWide, sizeof u);
+    v.r[i] = half_to_float<V::R>(__builtin_convertvector(u, U32));
+#endif
+  }
+  return v;
+}
+inline void vstore(Half* p, const V<float>& v) {
+  using V = fastkd::V<float>;
+  FASTKD_EACH {
+#if defined(__AVX512F__)
+    const auto out = _mm512_cvtps_ph((__m512)v.r[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+    const auto out = _mm256_cvtps_ph((__m256)v.r[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const U16 out = __builtin_convertvector(float_to_half<U32>(v.r[i]), U16);
+#endif
+    __builtin_memcpy(p + i * V::kWide, &out, sizeof out);
+  }
+}
 
 // X is a scalar or one register. NaN passes through forward and backward as in torch: every comparison is false for it.
 template <int kAct, class A, class X> inline X act_one(X pre, A slope) {
@@ -172,7 +206,8 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 template <class F> inline void with_type(int dtype, const F& f) {
   if (dtype == kFloat32) f(float{});
   else if (dtype == kFloat64) f(double{});
-  else f(BFloat{});
+  else if (dtype == kBFloat16) f(BFloat{});
+  else f(Half{});
 }
 
 template <int k> struct Int { static constexpr int value = k; };

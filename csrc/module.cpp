@@ -10,6 +10,9 @@
 #include <vector>
 
 #include "cpu_kernels.h"
+#ifdef FASTKD_X86
+#include <cpuid.h>
+#endif
 
 namespace py = pybind11;
 using namespace fastkd;
@@ -22,12 +25,20 @@ const CpuKernels kAvx2 = FASTKD_TABLE(avx2);
 const CpuKernels kAvx512 = FASTKD_TABLE(avx512);
 #endif
 
+#ifdef FASTKD_X86
+bool has_f16c() {  // older compilers' __builtin_cpu_supports does not know the name
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1u);
+}
+#endif
+
 std::vector<const CpuKernels*> available() {
   std::vector<const CpuKernels*> found{&kGeneric};
 #ifdef FASTKD_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kAvx2);
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+  const bool half = has_f16c();
+  if (half && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kAvx2);
+  if (half && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
     found.push_back(&kAvx512);
 #endif
