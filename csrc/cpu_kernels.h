@@ -16,8 +16,7 @@ struct CpuKernels {
   void (*bn_fwd)(const BnParams&, int threads);
   void (*bn_bwd)(const BnGradParams&, int threads);
   void (*cam_fwd)(const CamParams&, int threads);
-  void (*cam_bwd)(const CamParams&, int threads);
-  void (*cam_finish)(const CamFinishParams&, int threads);
+  void (*cam_bwd)(const CamGradParams&, int threads);
   void (*replay_gather)(const GatherParams&, int threads);
 };
 
@@ -25,10 +24,9 @@ struct CpuKernels {
   void bn_fwd_##isa(const BnParams&, int threads);        \
   void bn_bwd_##isa(const BnGradParams&, int threads);    \
   void cam_fwd_##isa(const CamParams&, int threads);      \
-  void cam_bwd_##isa(const CamParams&, int threads);      \
-  void cam_finish_##isa(const CamFinishParams&, int threads); \
+  void cam_bwd_##isa(const CamGradParams&, int threads);  \
   void replay_gather_##isa(const GatherParams&, int threads);
-#define FASTKD_TABLE(isa) {#isa, bn_fwd_##isa, bn_bwd_##isa, cam_fwd_##isa, cam_bwd_##isa, cam_finish_##isa, replay_gather_##isa}
+#define FASTKD_TABLE(isa) {#isa, bn_fwd_##isa, bn_bwd_##isa, cam_fwd_##isa, cam_bwd_##isa, replay_gather_##isa}
 
 FASTKD_DECLARE(generic)
 FASTKD_DECLARE(avx2)

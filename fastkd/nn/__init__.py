@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import augment
     from .bn_ema import BnEma
+    from .cam import ClassActivationMap
     from .freeze import evaluating, frozen
     from .globalise import globalise
     from .inplace import copy_
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "BnEma": "bn_ema",
+    "ClassActivationMap": "cam",
     "Student": "student",
     "Teacher": "instrument",
     "Trace": "trace",
@@ -32,7 +34,19 @@ _WHERE = {
     "instrument": "instrument",
 }
 
-__all__ = ["BnEma", "Student", "Teacher", "Trace", "augment", "copy_", "evaluating", "frozen", "globalise", "instrument"]
+__all__ = [
+    "BnEma",
+    "ClassActivationMap",
+    "Student",
+    "Teacher",
+    "Trace",
+    "augment",
+    "copy_",
+    "evaluating",
+    "frozen",
+    "globalise",
+    "instrument",
+]
 
 
 def __getattr__(name: str) -> Any:

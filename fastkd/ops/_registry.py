@@ -39,7 +39,10 @@ OPS: dict[str, Op] = {
     "bn_sums": _BN,
     "frozen_bn_act_stats": _BN,
     "bn_match_loss": Op(),
-    "class_activation_map": Op({"cpu": ("cpp",)}, {"cpp": _FLOATS}),
+    "class_activation_map": Op(
+        {"cpu": ("cpp",), "cuda": ("cuda", "triton")},
+        {"cpp": _DEVICE_FLOATS, "cuda": _DEVICE_FLOATS, "triton": ("float32", "bfloat16", "float16")},
+    ),
     "replay_gather": Op(
         {"cpu": ("cpp",), "cuda": ("cuda",)},
         {"cpp": ("uint8", "float32", "float16"), "cuda": ("uint8", "float32", "float16")},
