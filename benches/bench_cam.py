@@ -11,31 +11,52 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd import models, ops
-from fastkd.nn import instrument
+from fastkd.nn import ClassActivationMap, instrument
 from fastkd.ops.cam.reference import class_activation_map_ref, scale_map
 
 from . import peers
 from ._case import Call, Case, Plan, Provider, compiled, ours, provider
-from ._timing import measure_all
+from ._timing import measure, measure_all
 
 OP = "class_activation_map"
-MAPS = [(256, 64, 8, 32, 10), (64, 512, 4, 32, 100), (64, 512, 7, 112, 1000)]
+MAPS = {
+    "ResNet-20 at 32": (256, 64, 8, 32, 10),
+    "ResNet-34 at 32": (256, 512, 4, 32, 100),
+    "ResNet-50 at 112": (64, 2048, 4, 112, 1000),
+    "ResNet-50 at 224": (64, 2048, 7, 224, 1000),
+}
 """Batch, channels, height and width of the map, of the image, classes."""
-TINY = [(4, 16, 4, 8, 5)]
+NETWORKS = {"ResNet-20 at 32": ("resnet20", 64, 32, 10), "ResNet-50 at 224": ("resnet50", 4, 224, 1000)}
+"""Name, batch, height and width of the image, classes."""
+TINY_MAPS = {"tiny": (4, 16, 4, 8, 5)}
+TINY_NETWORKS = {"tiny": ("resnet20", 4, 8, 5)}
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def run(plan: Plan) -> list[dict[str, Any]]:
-    return measure_all(cases(plan), plan)
+    """All cases with torch's number of threads; and with one thread the op, so that the rows show what a thread brings."""
+    rows = measure_all(alones(plan, compiling=True), plan)
+    threads = torch.get_num_threads()
+    if not plan.cuda and threads > 1:
+        try:
+            torch.set_num_threads(1)
+            rows += measure_all(alones(plan, compiling=False), plan)
+        finally:
+            torch.set_num_threads(threads)
+    return rows + [row for case in end_to_ends(plan) for row in adds(measure(case, plan))]
 
 
 def cases(plan: Plan) -> Iterator[Case]:
+    yield from alones(plan, compiling=True)
+    yield from end_to_ends(plan)
+
+
+def alones(plan: Plan, *, compiling: bool) -> Iterator[Case]:
     for dtype in plan.dtypes:
-        for size in TINY if plan.quick else MAPS:
+        for name, sizes in (TINY_MAPS if plan.quick else MAPS).items():
             for layout in LAYOUTS:
                 for backward in (False, True):
-                    yield alone(plan, size, layout, dtype, backward)
-    yield end_to_end(plan)
+                    yield alone(plan, name, sizes, layout, dtype, backward, compiling)
 
 
 def product_sum(features: Tensor, weight: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -45,7 +66,9 @@ def product_sum(features: Tensor, weight: Tensor, labels: Tensor, size: tuple[in
     return F.interpolate(m[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
-def alone(plan: Plan, sizes: tuple[int, ...], layout: str, dtype: torch.dtype, backward: bool) -> Case:
+def alone(
+    plan: Plan, name: str, sizes: tuple[int, ...], layout: str, dtype: torch.dtype, backward: bool, compiling: bool
+) -> Case:
     batch, k, hw, image, classes = sizes
     draw = torch.Generator().manual_seed(8)
     weight = (torch.randn(classes, k, generator=draw) * k**-0.5).to(plan.device)
@@ -70,42 +93,51 @@ def alone(plan: Plan, sizes: tuple[int, ...], layout: str, dtype: torch.dtype, b
 
     exact = features.detach().double().requires_grad_(backward)
     traffic = features.numel() * features.element_size() * (2 if backward else 1)  # reads features; backward writes as much
+    rivals = [
+        provider("compile(definition)", "compile", lambda: call(compiled(plan, definition))),
+        provider("compile(product and sum)", "compile", lambda: call(compiled(plan, product_sum))),
+    ]
     return Case(
         op=OP,
         labels={
-            "case": f"{classes} classes to {image}",
+            "case": name,
             "shape": f"{batch}x{k}x{hw}x{hw}",
             "layout": layout,
             "dtype": str(dtype)[6:],
             "pass": "fwd+bwd" if backward else "fwd",
+            "threads": _threads(plan),
         },
-        providers=[
-            Provider("product and sum", "eager", call(product_sum)),
-            provider("compile(definition)", "compile", lambda: call(compiled(plan, definition))),
-            provider("compile(product and sum)", "compile", lambda: call(compiled(plan, product_sum))),
-            *ours(OP, plan, call(public)),
-        ],
+        providers=[Provider("product and sum", "eager", call(product_sum)), *(rivals if compiling else []), *ours(OP, plan, call(public))],
         truth=call(definition, exact, weight.double(), grad.double()),
         baseline="product and sum",
         bytes=traffic + 4 * grad.numel() * (2 if backward else 1),  # and writes the maps; backward reads their gradient
     )
 
 
-def end_to_end(plan: Plan) -> Case:
-    """Images to maps with ResNet-20: a bare forward is a row of its own, so that what the maps add can be read off."""
-    batch, size = (4, 8) if plan.quick else (64, 32)
+def _threads(plan: Plan) -> str:
+    return "" if plan.cuda else str(torch.get_num_threads())
+
+
+def end_to_ends(plan: Plan) -> Iterator[Case]:
+    for name, sizes in (TINY_NETWORKS if plan.quick else NETWORKS).items():
+        yield end_to_end(plan, name, *sizes)
+
+
+def end_to_end(plan: Plan, name: str, spec: str, batch: int, size: int, classes: int) -> Case:
+    """Images to maps. A bare forward and the maps alone are rows of their own, so that what a library adds can be read off."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(9)
-        net = models.build("resnet20", classes=10, channels=3, input_size=size).to(plan.device).eval()
+        net = models.build(spec, classes=classes, channels=3, input_size=size).to(plan.device).eval()
         x = torch.randn(batch, 3, size, size).to(plan.device)
-    labels = torch.arange(batch, device=plan.device) % 10
-    made = instrument(net, shape=(3, size, size))
-    exact = instrument(copy.deepcopy(net).double(), shape=(3, size, size))
+    labels = torch.arange(batch, device=plan.device) % classes
+    live, made = ClassActivationMap(net), ClassActivationMap(instrument(net, shape=(3, size, size)))
+    exact = ClassActivationMap(copy.deepcopy(net).double())
+    with torch.no_grad():
+        trace = made.model(x)
+        weight = made.model.head[0]
 
-    def maps(teacher: Any, x: Tensor) -> tuple[Tensor]:
-        with torch.no_grad():
-            features, (weight, _) = teacher(x).map, teacher.head
-            return (ops.class_activation_map(features, weight, labels, relu=True, norm="minmax", size=(size, size), renorm=True),)
+    def maps() -> tuple[Tensor]:
+        return (ops.class_activation_map(trace.map, weight, labels, relu=True, norm="minmax", size=(size, size), renorm=True),)
 
     def forward() -> tuple[Tensor]:
         with torch.no_grad():
@@ -113,14 +145,33 @@ def end_to_end(plan: Plan) -> Case:
 
     return Case(
         op=OP,
-        labels={"case": "images to maps", "shape": f"{batch}x3x{size}x{size}", "layout": "NCHW", "dtype": "float32", "pass": "fwd"},
+        labels={
+            "case": f"images to maps, {name}",
+            "shape": f"{batch}x3x{size}x{size}",
+            "layout": "NCHW",
+            "dtype": "float32",
+            "pass": "fwd",
+            "threads": _threads(plan),
+        },
         providers=[
             Provider("forward alone", "eager", forward, checked=False),
-            *ours(OP, plan, lambda: maps(made, x)),
+            Provider("ours: maps alone", "ours", maps),
+            Provider("ours: network", "ours", lambda: (live(x, labels),)),
+            Provider("ours: teacher", "ours", lambda: (made(x, labels),)),
             provider("grad-cam", "peer", lambda: peers.grad_cam(net, x, labels)),
             provider("torchcam", "peer", lambda: peers.torchcam(net, x, labels), checked=False),
         ],
-        truth=lambda: maps(exact, x.double()),
-        baseline="definition",
-        tolerance=1e-4,
+        truth=lambda: (exact(x.double(), labels),),
+        baseline="grad-cam",
+        tolerance=1e-3,
     )
+
+
+def adds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`adds_ms`: time beyond a bare forward; `x_adds`: that, in multiples of what our maps alone take."""
+    ms = {row["provider"]: row["ms"] for row in rows if "ms" in row}
+    for row in rows:
+        if row["provider"] in ms and "alone" not in row["provider"] and "forward alone" in ms and "ours: maps alone" in ms:
+            row["adds_ms"] = round(ms[row["provider"]] - ms["forward alone"], 6)
+            row["x_adds"] = round(row["adds_ms"] / ms["ours: maps alone"], 3)
+    return rows

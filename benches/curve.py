@@ -36,9 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         name, _, folder = word.rpartition("=")
         command = args.command[i] if i < len(args.command) else None
         records.append({"name": name or Path(folder).name, "command": command, **measured(Path(folder))})
-    about = {"what": "top-1 (%) on test images against wall minutes", "commit": args.commit}
-    about |= {"cpu": cpuinfo("model name"), "load": args.load}
-    out = {**about, "runs": records}
+    about = {"what": "top-1 (%) on test images against wall minutes", "commit": args.commit, "cpu": cpuinfo("model name")}
+    out = {**about, "load": args.load, "runs": records}
     args.json.write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
     if args.svg:
         args.svg.write_text(draw(records), encoding="utf-8")

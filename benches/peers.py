@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from typing import Any
 
@@ -26,8 +27,15 @@ def needed(module: str, package: str) -> Any:
         raise CannotRun(f"{package} does not load: {str(error).splitlines()[0][:160]}") from None
 
 
+def _torchvision() -> None:
+    """Both CAM libraries may import torchvision, which loads beside a CPU torch only with the declarations that the tests keep."""
+    with contextlib.suppress(ImportError):  # an installed copy has no tests
+        importlib.import_module("tests.torchvision_stub").define()
+
+
 def grad_cam(net: nn.Module, x: Tensor, labels: Tensor) -> Call:
     """grad-cam's Grad-CAM of the last feature map: a forward and a backward, maps scaled to [0, 1] and resized to the image."""
+    _torchvision()
     library = needed("pytorch_grad_cam", "grad-cam")
     targets = importlib.import_module("pytorch_grad_cam.utils.model_targets")
     wanted = [targets.ClassifierOutputTarget(label) for label in labels.tolist()]
@@ -37,6 +45,7 @@ def grad_cam(net: nn.Module, x: Tensor, labels: Tensor) -> Call:
 
 def torchcam(net: nn.Module, x: Tensor, labels: Tensor) -> Call:
     """torchcam's Grad-CAM of the last feature map, at the map's own size."""
+    _torchvision()
     library = needed("torchcam.methods", "torchcam")
     maker, wanted = library.GradCAM(net, _last_features(net, x)), labels.tolist()
     return lambda: tuple(maker(wanted, net(x)))

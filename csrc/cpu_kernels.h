@@ -23,8 +23,7 @@
   X(bn_loss_fwd, BnLossParams, isa)       \
   X(bn_loss_bwd, BnLossParams, isa)       \
   X(cam_fwd, CamParams, isa)              \
-  X(cam_bwd, CamParams, isa)              \
-  X(cam_finish, CamFinishParams, isa)     \
+  X(cam_bwd, CamGradParams, isa)          \
   X(replay_gather, GatherParams, isa)     \
   X(philox_uniform, UniformParams, isa)   \
   X(replay_sums, TreeParams, isa)         \

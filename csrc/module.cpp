@@ -121,33 +121,42 @@ void bn_loss_bwd(uintptr_t stats, uintptr_t target, uintptr_t average, uintptr_t
 #endif
 }
 
-CamParams cam(uintptr_t features, uintptr_t weight, uintptr_t labels, uintptr_t map, int64_t batch, int64_t channels, int64_t hw,
-              int64_t classes, int dtype, int layout) {
+CamSizes cam_sizes(const std::vector<int64_t>& v, int dtype, int weight_dtype, int layout) {
+  return {v.at(0), v.at(1), v.at(2), v.at(3), v.at(4), v.at(5), v.at(6), dtype, weight_dtype, layout};
+}
+
+void cam_fwd(uintptr_t features, uintptr_t weight, uintptr_t labels, uintptr_t out, uintptr_t slope, const std::vector<int64_t>& sizes,
+             int dtype, int weight_dtype, int layout, bool relu, int norm, bool resize, bool renorm, int threads, bool cuda,
+             uintptr_t stream) {
+  const CamSizes s = cam_sizes(sizes, dtype, weight_dtype, layout);
+  if (s.batch * s.h * s.w * s.height * s.width == 0) return;
   const size_t a = dtype == kFloat64 ? 8 : 4;
-  const bool data = channels * hw > 0;
-  return {batch, channels, hw, classes, dtype, layout, at("features", features, width(dtype), data), at("weight", weight, a, data),
-          static_cast<const int64_t*>(at("labels", labels, 8)), at("map", map, a, hw > 0)};
+  const CamParams p{s, at("features", features, width(dtype), s.channels), at("weight", weight, width(weight_dtype), s.channels),
+                    static_cast<const int64_t*>(at("labels", labels, 8)), at("out", out, a), at("slope", slope, a),
+                    relu, norm, resize, renorm};
+  if (!cuda) return chosen->cam_fwd(p, threads);
+#ifdef FASTKD_WITH_CUDA
+  cam_fwd_cuda(p, reinterpret_cast<void*>(stream));
+#else
+  (void)stream, no_cuda();
+#endif
 }
 
-void cam_fwd(uintptr_t features, uintptr_t weight, uintptr_t labels, uintptr_t map, int64_t batch, int64_t channels, int64_t hw,
-             int64_t classes, int dtype, int layout, int threads, bool cuda, uintptr_t) {
-  if (cuda) no_cuda();
-  if (batch) chosen->cam_fwd(cam(features, weight, labels, map, batch, channels, hw, classes, dtype, layout), threads);
-}
-
-void cam_bwd(uintptr_t features, uintptr_t weight, uintptr_t labels, uintptr_t map, int64_t batch, int64_t channels, int64_t hw,
-             int64_t classes, int dtype, int layout, int threads, bool cuda, uintptr_t) {
-  if (cuda) no_cuda();
-  if (batch) chosen->cam_bwd(cam(features, weight, labels, map, batch, channels, hw, classes, dtype, layout), threads);
-}
-
-void cam_finish(uintptr_t map, uintptr_t rows, uintptr_t out, int64_t batch, int64_t h, int64_t w, int64_t height, int64_t width_,
-                int dtype, bool relu, int norm, int threads, bool cuda, uintptr_t) {
-  if (cuda) no_cuda();
-  if (batch * h * w * height * width_ == 0) return;
+void cam_bwd(uintptr_t grad, uintptr_t weight, uintptr_t labels, uintptr_t slope, uintptr_t dfeatures, uintptr_t draw,
+             const std::vector<int64_t>& sizes, int dtype, int weight_dtype, int layout, bool resize, int threads, bool cuda,
+             uintptr_t stream) {
+  const CamSizes s = cam_sizes(sizes, dtype, weight_dtype, layout);
+  if (s.batch * s.h * s.w * s.height * s.width == 0) return;
   const size_t a = dtype == kFloat64 ? 8 : 4;
-  chosen->cam_finish({batch, h, w, height, width_, dtype, relu, norm, at("map", map, a), at("rows", rows, a), at("out", out, a, false)},
-                     threads);
+  const CamGradParams p{s, at("grad", grad, a), at("weight", weight, width(weight_dtype), s.channels),
+                        static_cast<const int64_t*>(at("labels", labels, 8)), at("slope", slope, a),
+                        at("dfeatures", dfeatures, width(dtype), false), at("draw", draw, a), resize};
+  if (!cuda) return chosen->cam_bwd(p, threads);
+#ifdef FASTKD_WITH_CUDA
+  cam_bwd_cuda(p, reinterpret_cast<void*>(stream));
+#else
+  (void)stream, no_cuda();
+#endif
 }
 
 void replay_gather(uintptr_t images, uintptr_t index, uintptr_t dy, uintptr_t dx, uintptr_t flip, uintptr_t lut, uintptr_t mean,
@@ -293,7 +302,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("bn_loss_bwd", &bn_loss_bwd, unlocked);
   m.def("cam_fwd", &cam_fwd, unlocked);
   m.def("cam_bwd", &cam_bwd, unlocked);
-  m.def("cam_finish", &cam_finish, unlocked);
   m.def("replay_gather", &replay_gather, unlocked);
   m.def("philox_uniform", &philox_uniform, unlocked);
   m.def("replay_sums", &replay_sums, unlocked);

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import augment
     from .bn_ema import BnEma
+    from .cam import ClassActivationMap
     from .freeze import evaluating, frozen
     from .fuse_generator import fuse_generator
     from .globalise import globalise
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "BnEma": "bn_ema",
+    "ClassActivationMap": "cam",
     "Student": "student",
     "Teacher": "instrument",
     "Trace": "trace",
@@ -34,7 +36,20 @@ _WHERE = {
     "instrument": "instrument",
 }
 
-__all__ = ["BnEma", "Student", "Teacher", "Trace", "augment", "copy_", "evaluating", "frozen", "fuse_generator", "globalise", "instrument"]
+__all__ = [
+    "BnEma",
+    "ClassActivationMap",
+    "Student",
+    "Teacher",
+    "Trace",
+    "augment",
+    "copy_",
+    "evaluating",
+    "frozen",
+    "fuse_generator",
+    "globalise",
+    "instrument",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -30,37 +30,29 @@ class Op:
         return {name for names in self.order.values() for name in names} | {"reference"}
 
 
-_BN = Op(
-    {"cpu": ("cpp",), "cuda": ("cuda", "triton")},
-    {"cpp": _FLOATS, "cuda": _FLOATS, "triton": ("float32", "bfloat16", "float16")},
-)
-_TREE_FLOATS = ("float32", "float64")
-_TREE = Op({"cpu": ("cpp",), "cuda": ("cuda", "triton")}, {"cpp": _TREE_FLOATS, "cuda": _TREE_FLOATS, "triton": _TREE_FLOATS})
-_UPSAMPLE = Op({"cpu": ("cpp",), "cuda": ("triton",)}, {"cpp": _FLOATS, "triton": ("float32", "bfloat16", "float16")})
+_NATIVE = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+_NO_DOUBLE = tuple(d for d in _FLOATS if d != "float64")
+_EVERYWHERE = Op(_NATIVE, {"cpp": _FLOATS, "cuda": _FLOATS, "triton": _NO_DOUBLE})
+_SUMS = ("float32", "float64")
+_TREE = Op(_NATIVE, dict.fromkeys(("cpp", "cuda", "triton"), _SUMS))
+_STORES = ("uint8", "float32", "float16")
+_DOUBLED = Op({"cpu": ("cpp",), "cuda": ("triton",)}, {"cpp": _FLOATS, "triton": _NO_DOUBLE})
+_FOLD = Op({"cpu": ("fold",), "cuda": ("fold",)})  # an identity in stock torch, on every device
 OPS: dict[str, Op] = {
-    "bn_sums": _BN,
-    "frozen_bn_act_stats": _BN,
-    "bn_match_loss": Op(
-        {"cpu": ("cpp",), "cuda": ("cuda", "triton")},
-        {"cpp": ("float32", "float64"), "cuda": ("float32", "float64"), "triton": ("float32",)},
-    ),
-    "class_activation_map": Op({"cpu": ("cpp",)}, {"cpp": _FLOATS}),
-    "replay_gather": Op(
-        {"cpu": ("cpp",), "cuda": ("cuda", "triton")},
-        dict.fromkeys(("cpp", "cuda", "triton"), ("uint8", "float32", "float16")),
-    ),
-    "philox_uniform": Op({"cpu": ("cpp",), "cuda": ("cuda", "triton")}),
+    "bn_sums": _EVERYWHERE,
+    "frozen_bn_act_stats": _EVERYWHERE,
+    "bn_match_loss": Op(_NATIVE, {"cpp": _SUMS, "cuda": _SUMS, "triton": ("float32",)}),
+    "batch_norm_act": _EVERYWHERE,
+    "class_activation_map": _EVERYWHERE,
+    "replay_gather": Op(_NATIVE, dict.fromkeys(("cpp", "cuda", "triton"), _STORES)),
+    "philox_uniform": Op(_NATIVE),
     "replay_sums": _TREE,
     "replay_sample": _TREE,
     "replay_update": _TREE,
-    "batch_norm_act": Op(
-        {"cpu": ("cpp",), "cuda": ("cuda", "triton")},
-        {"cpp": _FLOATS, "cuda": _FLOATS, "triton": ("float32", "bfloat16", "float16")},
-    ),
-    "upsample_conv2d": Op({"cpu": ("fold",), "cuda": ("fold",)}),
-    "upsampled_stem_conv2d": Op({"cpu": ("fold",), "cuda": ("fold",)}),
-    "upsample_affine_tanh": _UPSAMPLE,
-    "upsample_affine_sigmoid": _UPSAMPLE,
+    "upsample_conv2d": _FOLD,
+    "upsampled_stem_conv2d": _FOLD,
+    "upsample_affine_tanh": _DOUBLED,
+    "upsample_affine_sigmoid": _DOUBLED,
 }
 
 _wanted = "auto"

@@ -25,7 +25,7 @@ def _step(x, scale, bias, shift, target, images, index, flip):
     stats = ops.moments(sums, x.numel() // x.shape[1], shift)
     loss = ops.bn_match_loss(stats, target, (0, x.shape[1]), first=2.0) + y.sum() + ops.bn_sums(x, shift).sum()
     batch = ops.replay_gather(images, index, dy=index, dx=index, flip=flip, pad=2, mean=target[0, :3], std=target[1, :3] + 1)
-    cam = ops.class_activation_map(x, scale[None].expand(5, -1), index, relu=True, norm="minmax", size=(9, 9))
+    cam = ops.class_activation_map(x, scale[None].expand(5, -1), index, relu=True, norm="minmax", size=(9, 9), renorm=True)
     (dx,) = torch.autograd.grad(loss + cam.sum(), x)
     return loss.detach(), dx, batch
 
@@ -106,5 +106,19 @@ def test_large_tensor(kernels):
         assert sums[:, :-1].abs().sum() == 0 and sums[:, -1].tolist() == [2, 4]
         (dx,) = torch.autograd.grad(sums[1].sum(), x)
         assert dx[-1, -1, -1, -1] == 4 and dx[:1].abs().sum() == 0
+        del x, dx
+        torch.cuda.empty_cache()
+
+
+def test_large_maps(kernels):
+    """The same of class activation maps: the last image lies beyond 2^31 elements."""
+    for memory in (torch.contiguous_format, torch.channels_last):
+        x = torch.ones((2**13 + 1, 2**12, 8, 8), dtype=torch.bfloat16, device="cuda").contiguous(memory_format=memory)
+        x[-1, -1, -1, -1] = 3
+        x.requires_grad_()
+        m = ops.class_activation_map(x, torch.ones(1, 2**12, device="cuda"), torch.zeros(len(x), dtype=torch.int64, device="cuda"))
+        assert (m[:-1] == 2**12).all() and m[-1, -1, -1] == 2**12 + 2
+        (dx,) = torch.autograd.grad(m[-1, -1, -1], x)
+        assert dx[-1, :, -1, -1].eq(1).all() and dx[:1].abs().sum() == 0
         del x, dx
         torch.cuda.empty_cache()

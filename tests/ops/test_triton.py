@@ -71,6 +71,45 @@ for widths in ([3, 0, 1, 129, 300], [5] * 40, [0], []):
 print("agree")
 """
 
+# Every branch: both layouts, relu, the three norms, with and without resize and renorm, maps of more than one block of cells (the last
+# shape) and images of more than one block of pixels, windows of more than one tile in the adjoint (64 columns from 3), both rows.
+INTERPRET_CAM = """
+import torch
+from fastkd import ops
+from fastkd.ops.cam.reference import class_activation_map_ref as definition
+ops.use("triton")
+assert dict((r[0], r[2]) for r in ops.table())["class_activation_map"] == "triton"
+torch.manual_seed(0)
+shapes = [(2, 5, 7, 7), (0, 4, 3, 3), (3, 130, 1, 1), (1, 1, 4, 3), (2, 70, 3, 2), (1, 3, 9, 10)]
+options = [(False, "none", None, False), (True, "minmax", None, False), (True, "max", None, False), (True, "minmax", (40, 33), True),
+           (False, "max", (2, 70), True), (True, "none", (9, 2), True), (False, "minmax", (5, 6), False)]
+for dtype, rtol, atol in ((torch.float32, 1e-4, 1e-5), (torch.bfloat16, 2e-2, 2e-2), (torch.float16, 2e-3, 2e-3)):
+    for shape in shapes if dtype == torch.float32 else shapes[:1]:
+        for layout in ("nchw", "nhwc", "sliced") if dtype == torch.float32 else ("nhwc",):
+            for option in options:
+                relu, norm, size, renorm = option
+                x = torch.randn(shape[0], shape[1], shape[2] + 1, shape[3])[:, :, 1:].to(dtype)
+                x = x.contiguous(memory_format=torch.channels_last) if layout == "nhwc" else x.contiguous() if layout == "nchw" else x
+                w, y, out = torch.randn(6, shape[1]).to(dtype), torch.randint(6, shape[:1]), []
+                for kind in ("reference", "triton"):
+                    f, v = x.clone().requires_grad_(), w.clone().requires_grad_()
+                    if kind == "reference":
+                        m = definition(f, v, y, relu, norm, False, size, renorm)
+                    else:
+                        m = ops.class_activation_map(f, v, y, relu=relu, norm=norm, size=size, renorm=renorm)
+                    out.append([m, *torch.autograd.grad(m, [f, v], torch.linspace(-1, 2, m.numel()).view_as(m))])
+                for ours, theirs in zip(out[1], out[0], strict=True):
+                    say = lambda m: f"{dtype} {shape} {layout} {option}: {m}"
+                    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, msg=say)
+f = torch.rand(3, 4, 3, 3)
+f[1, 2, 2, 2], f[2] = float("nan"), -1.0
+w = torch.ones(2, 4)
+for norm in ("none", "minmax", "max"):
+    m = ops.class_activation_map(f, w, torch.tensor([-5, 1, 9]), relu=True, norm=norm, size=(6, 6), renorm=True)  # labels are clamped
+    assert m[1].isnan().any() and m[0].isfinite().all() and not m[2].any()
+print("agree")
+"""
+
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
@@ -103,20 +142,49 @@ print("compiled")
 """
 
 
+COMPILE_CAM = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from fastkd.ops.cam import triton as t
+
+def job(kernel, element, architecture, **constants):
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants: signature[name] = "constexpr"
+        elif name in ("x_ptr", "dx_ptr"): signature[name] = "*" + element
+        elif name == "label_ptr": signature[name] = "*i64"
+        elif name.endswith("_ptr"): signature[name] = "*fp32"
+        else: signature[name] = "fp32" if name in ("down", "across", "eps") else "i32"
+    assert compile(ASTSource(kernel, signature, constexprs=constants), target=GPUTarget("cuda", architecture, 32)).asm["cubin"]
+
+tile = dict(CHANNELS=64, CELLS=64)
+for architecture, element in ((80, "fp32"), (90, "bf16")):
+    for norm, resize, renorm in ((0, False, False), (1, True, True), (2, True, False)):
+        flags = dict(RELU=bool(norm), NORM=norm, RESIZE=resize, RENORM=renorm, LAST=resize, PIXELS=1024)
+        job(t._cam_fwd_kernel, element, architecture, **flags, **tile)
+    job(t._cam_adjoint_kernel, element, architecture, ROWS=16, COLS=64)
+    for last in (False, True):
+        job(t._cam_outer_kernel, element, architecture, LAST=last, **tile)
+flags = dict(RELU=True, NORM=2, RESIZE=True, RENORM=True, LAST=True, PIXELS=1024, CHANNELS=1024, CELLS=1)
+job(t._cam_fwd_kernel, "fp16", 80, cells=1, h=1, w=1, **flags)  # arguments that are 1 become constants
+job(t._cam_adjoint_kernel, "fp16", 80, cells=1, h=1, w=1, ROWS=16, COLS=64)
+job(t._cam_outer_kernel, "fp16", 80, cells=1, LAST=True, CHANNELS=1024, CELLS=1)
+print("compiled")
+"""
+
+
 def _run(code: str, **environment: str) -> str:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=300)
     assert result.returncode == 0, f"exit {result.returncode}\n{result.stdout}\n{result.stderr[-3000:]}"
     return result.stdout
 
 
-def test_interpreted_kernels_agree_with_the_reference():
-    assert "agree" in _run(INTERPRET, TRITON_INTERPRET="1")
+@pytest.mark.parametrize("code", [INTERPRET, LOSS, INTERPRET_CAM], ids=["bn_match", "bn_loss", "cam"])
+def test_interpreted_kernels_agree_with_the_reference(code):
+    assert "agree" in _run(code, TRITON_INTERPRET="1")
 
 
-def test_interpreted_loss_agrees_with_the_reference():
-    assert "agree" in _run(LOSS, TRITON_INTERPRET="1")
-
-
-def test_kernels_compile_for_gpus(tmp_path):
+@pytest.mark.parametrize("code", [COMPILE, COMPILE_CAM], ids=["bn_match", "cam"])
+def test_kernels_compile_for_gpus(tmp_path, code):
     pytest.importorskip("triton.backends.nvidia")
-    assert "compiled" in _run(COMPILE, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+    assert "compiled" in _run(code, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")

@@ -1,48 +1,54 @@
-"""Class activation maps in C++: what the compiled part gets, and what is allocated for it."""
+"""Class activation maps in C++ and CUDA: what the compiled part gets, and what is allocated for it."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import _native
-from .._native import NCHW, NHWC, blank, check_range, dense, vector
+from .._native import DTYPE, NCHW, NHWC, blank, check_range, dense
 
-_NORM = {"none": 0, "minmax": 1, "max": 2}
+NORM = {"none": 0, "minmax": 1, "max": 2}
 
 
-def cam(features: Tensor, weight: Tensor, labels: Tensor, grad: Tensor | None) -> Tensor:
-    """The raw map [B, h, w]; with `grad` (of that map) the gradient of `features` [B, K, h, w], of which only the layout is read."""
-    wide = torch.promote_types(features.dtype, torch.float32)
-    if features.device.type != "cpu":
-        raise RuntimeError(f"the C++ class activation map runs on the CPU, features are on {features.device}")
-    if grad is None:
-        features = dense(features)
-        given, out = features, torch.empty((features.shape[0], *features.shape[2:]), dtype=wide, device=features.device)
-        pair = (given, out)
-    else:
-        out, grad = blank(features), grad.to(wide).contiguous()
-        pair = (out, grad)
-    weight, labels = vector(weight, wide), labels.contiguous()
+def cells_first(like: Tensor) -> bool:
+    """Whether the cells of a map lie side by side (NCHW), rather than the channels of a cell. `like` is dense."""
+    return like.is_contiguous() and like.shape[2] * like.shape[3] > 1
+
+
+def _sizes(features: Tensor, weight: Tensor, size: Sequence[int], nchw: bool) -> tuple[list[int], int, int, int]:
+    """batch, channels, h, w, classes, height, width; then dtype of features and of weight, and the layout."""
+    sizes = [*features.shape, weight.shape[0], *size]
+    return sizes, DTYPE[features.dtype], DTYPE[weight.dtype], NCHW if nchw else NHWC
+
+
+def cam_fwd(
+    features: Tensor, weight: Tensor, labels: Tensor, relu: bool, norm: str, size: Sequence[int], renorm: bool
+) -> tuple[Tensor, Tensor]:
+    """(map [B, *size], slope [B, h, w])."""
+    features, weight, labels = dense(features), weight.contiguous(), labels.contiguous()
     check_range("label", labels, weight.shape[0])
-    batch, channels, h, w = features.shape
-    like = pair[0]
-    layout = NCHW if like.is_contiguous() and h * w > 1 else NHWC
-    sizes = (batch, channels, h * w, weight.shape[0], _native.DTYPE[features.dtype], layout)
-    kernel = "cam_fwd" if grad is None else "cam_bwd"
-    _native.launch(kernel, (pair[0], weight, labels, pair[1]), *sizes, work=features)
-    return out
+    wide = torch.promote_types(features.dtype, torch.float32)
+    batch, _, h, w = features.shape
+    out = torch.empty((batch, *(size or (h, w))), dtype=wide, device=features.device)
+    slope = torch.empty((batch, h, w), dtype=wide, device=features.device)
+    sizes = _sizes(features, weight, out.shape[1:], cells_first(features))
+    options = relu, NORM[norm], bool(size), bool(size) and renorm
+    _native.launch("cam_fwd", (features, weight, labels, out, slope), *sizes, *options, work=features)
+    return out, slope
 
 
-def cam_finish(raw: Tensor, relu: bool, norm: str, size: list[int]) -> Tensor:
-    """relu, scaling and bilinear resize of raw maps [B, h, w]; an empty `size` leaves the size."""
-    if raw.device.type != "cpu":
-        raise RuntimeError(f"the C++ class activation map runs on the CPU, the map is on {raw.device}")
-    raw = raw.contiguous()
-    batch, h, w = raw.shape
-    height, width = size or (h, w)
-    rows = torch.empty((batch, h, width), dtype=raw.dtype, device=raw.device)
-    out = torch.empty((batch, height, width), dtype=raw.dtype, device=raw.device) if size else None
-    sizes = (batch, h, w, height, width, _native.DTYPE[raw.dtype], relu, _NORM[norm])
-    _native.launch("cam_finish", (raw, rows, out), *sizes, work=rows if out is None else out)
-    return rows if out is None else out
+def cam_bwd(
+    grad: Tensor, features: Tensor, weight: Tensor, labels: Tensor, slope: Tensor, resized: bool, want_features: bool
+) -> tuple[Tensor, Tensor]:
+    """(d features in their layout, or an empty tensor; d raw map [B, h, w])."""
+    grad, slope = grad.to(slope.dtype).contiguous(), slope.contiguous()
+    weight, labels = weight.contiguous(), labels.contiguous()
+    check_range("label", labels, weight.shape[0])
+    dfeatures = blank(features) if want_features else None
+    draw = torch.empty_like(slope)
+    sizes = _sizes(features, weight, grad.shape[1:], dfeatures is None or cells_first(dfeatures))
+    _native.launch("cam_bwd", (grad, weight, labels, slope, dfeatures, draw), *sizes, resized, work=features)
+    return features.new_empty(0) if dfeatures is None else dfeatures, draw

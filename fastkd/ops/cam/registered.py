@@ -1,7 +1,9 @@
-"""`fastkd::class_activation_map_*`: the weighted sum over channels and its adjoint, and the finishing of the small map."""
+"""`fastkd::class_activation_map_*`: backends behind one name, shapes, and first-order gradients."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -9,99 +11,93 @@ from torch import Tensor
 
 from .. import _native
 from .._library import choose, define
-from . import native
-from .reference import EPS, finish_map, raw_map_ref
+from . import reference as ref
 
 
-def _fwd(features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    if choose("class_activation_map", features) == "reference":
-        return raw_map_ref(features, weight, labels).contiguous()
-    return native.cam(features, weight, labels, None)
+def _kernels(features: Tensor) -> ModuleType | None:
+    """The module that holds cam_fwd and cam_bwd for these features; None: the reference."""
+    name = choose("class_activation_map", features)
+    if name == "reference":
+        return None
+    if name == "triton":
+        from . import triton
+
+        return triton
+    from . import native
+
+    return native
 
 
-def _bwd(grad: Tensor, features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """`features` lends its shape, dtype and layout only."""
-    if choose("class_activation_map", features) == "reference":
-        wide = torch.promote_types(features.dtype, torch.float32)
-        out = weight[labels].to(wide)[:, :, None, None] * grad[:, None].to(wide)
-        return _native.dense(out.to(features.dtype), features)
-    return native.cam(features, weight, labels, grad)
+def _fwd(
+    features: Tensor, weight: Tensor, labels: Tensor, relu: bool, norm: str, size: Sequence[int], renorm: bool
+) -> tuple[Tensor, Tensor]:
+    """The map [B, *size] (empty size: [B, h, w]), and the slope that backward needs; see `reference.slope_ref`."""
+    kernels = _kernels(features)
+    if kernels is None:
+        target = (size[0], size[1]) if size else None
+        raw = ref.raw_map_ref(features, weight, labels)
+        out = ref.finish_map(raw, relu, norm, False, target, renorm)
+        return out.contiguous(), ref.slope_ref(raw, relu, norm, target, renorm).contiguous()
+    result: tuple[Tensor, Tensor] = kernels.cam_fwd(features, weight, labels, relu, norm, size, renorm)
+    return result
 
 
-def _map_like(features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def _bwd(
+    grad: Tensor, features: Tensor, weight: Tensor, labels: Tensor, slope: Tensor, resized: bool, want_features: bool
+) -> tuple[Tensor, Tensor]:
+    """(d features, or an empty tensor where they are not wanted; d raw map). `features` lends its shape, dtype and layout only."""
+    kernels = _kernels(features)
+    if kernels is None:
+        dfeatures, draw = ref.class_activation_map_bwd_ref(grad, features, weight, labels, slope, resized)
+        return _native.dense(dfeatures, features) if want_features else features.new_empty(0), draw
+    result: tuple[Tensor, Tensor] = kernels.cam_bwd(grad, features, weight, labels, slope, resized, want_features)
+    return result
+
+
+def _fwd_fake(
+    features: Tensor, weight: Tensor, labels: Tensor, relu: bool, norm: str, size: Sequence[int], renorm: bool
+) -> tuple[Tensor, Tensor]:
     batch, _, h, w = features.shape
-    return torch.empty((batch, h, w), dtype=torch.promote_types(features.dtype, torch.float32), device=features.device)
+    out = torch.empty((batch, *(size or (h, w))), dtype=torch.promote_types(features.dtype, torch.float32), device=features.device)
+    return out, out.new_empty((batch, h, w))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
+def _bwd_fake(
+    grad: Tensor, features: Tensor, weight: Tensor, labels: Tensor, slope: Tensor, resized: bool, want_features: bool
+) -> tuple[Tensor, Tensor]:
+    return _native.blank(features) if want_features else features.new_empty(0), torch.empty_like(slope)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    features, weight, labels = ctx.saved_tensors
-    dfeatures = dweight = None
-    if ctx.needs_input_grad[0]:
-        dfeatures = torch.ops.fastkd.class_activation_map_bwd(grad, features, weight, labels)
-    if ctx.needs_input_grad[1]:
-        rows = torch.einsum("bhw,bkhw->bk", grad, features.to(grad.dtype))
-        dweight = torch.zeros_like(weight, dtype=grad.dtype).index_add(0, labels, rows).to(weight.dtype)
-    return dfeatures, dweight, None
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    features, weight, labels, _, _, size, _ = inputs
+    ctx.resized = len(size) > 0
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(features, weight, labels, output[1])
+
+
+def _backward(ctx: Any, grad: Tensor | None, _slope: None) -> tuple[Tensor | None, ...]:
+    features, weight, labels, slope = ctx.saved_tensors
+    want_features, want_weight = ctx.needs_input_grad[:2]
+    if grad is None:
+        return (None,) * 7
+    dfeatures, draw = torch.ops.fastkd.class_activation_map_bwd.default(grad, features, weight, labels, slope, ctx.resized, want_features)
+    dweight = ref.weight_grad_ref(draw, features, weight, labels) if want_weight else None
+    return dfeatures if want_features else None, dweight, None, None, None, None, None
 
 
 define(
-    "class_activation_map_fwd(Tensor features, Tensor weight, Tensor labels) -> Tensor",
+    "class_activation_map_fwd(Tensor features, Tensor weight, Tensor labels, bool relu, str norm, SymInt[] size, bool renorm)"
+    " -> (Tensor, Tensor)",
     _fwd,
-    _map_like,
+    _fwd_fake,
     backward=_backward,
     save=_save,
 )
 define(
-    "class_activation_map_bwd(Tensor grad, Tensor features, Tensor weight, Tensor labels) -> Tensor",
+    "class_activation_map_bwd(Tensor grad, Tensor features, Tensor weight, Tensor labels, Tensor slope, bool resized,"
+    " bool want_features) -> (Tensor, Tensor)",
     _bwd,
-    lambda grad, features, weight, labels: _native.blank(features),
+    _bwd_fake,
 )
-
-
-def _finish(raw: Tensor, relu: bool, norm: str, size: list[int]) -> Tensor:
-    if choose("class_activation_map", raw) == "reference":
-        return finish_map(raw, relu, norm, False, (size[0], size[1]) if size else None, False).clone()
-    return native.cam_finish(raw, relu, norm, size)
-
-
-def _finish_save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    raw, ctx.relu, ctx.norm, ctx.size = inputs
-    ctx.save_for_backward(raw)
-
-
-def _resize_matrix(like: Tensor, n: int, m: int) -> Tensor:
-    """[m, n]: bilinear resize of n values to m as a matrix (align_corners=False)."""
-    at = ((torch.arange(m, dtype=like.dtype, device=like.device) + 0.5) * (n / m) - 0.5).clamp_min(0)[:, None]
-    left, source = at.floor().clamp(max=n - 1), torch.arange(n, device=like.device)
-    part = at - left
-    return (source == left) * (1 - part) + (source == (left + 1).clamp(max=n - 1)) * part
-
-
-def _finish_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    """Min and max are constants here; a map that is all one value, or has no positive one under "max", has gradient 0."""
-    (raw,) = ctx.saved_tensors
-    if ctx.size:
-        down, across = (_resize_matrix(raw, n, m) for n, m in zip(raw.shape[1:], ctx.size, strict=True))
-        grad = down.t() @ grad @ across
-    if ctx.norm != "none":
-        m = raw.relu() if ctx.relu else raw
-        high = m.amax((1, 2), keepdim=True)
-        if ctx.norm == "max":
-            grad = torch.where(high <= 0, 0.0, grad / (high + EPS))
-        else:
-            low = m.amin((1, 2), keepdim=True)
-            grad = torch.where(high == low, 0.0, grad / (high - low + EPS))
-    return torch.where(raw <= 0, 0.0, grad) if ctx.relu else grad, None, None, None
-
-
-define(
-    "class_activation_map_finish(Tensor raw, bool relu, str norm, SymInt[] size) -> Tensor",
-    _finish,
-    lambda raw, relu, norm, size: raw.new_empty((raw.shape[0], *(size or raw.shape[1:]))),
-    backward=_finish_backward,
-    save=_finish_save,
-)
+forward = torch.ops.fastkd.class_activation_map_fwd.default  # looked up once: a look-up costs as much as a small kernel
