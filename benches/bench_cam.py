@@ -16,7 +16,7 @@ from fastkd.ops.cam.reference import class_activation_map_ref, scale_map
 
 from . import peers
 from ._case import Call, Case, Plan, Provider, compiled, ours, provider
-from ._timing import measure, measure_all
+from ._timing import measure_all
 
 OP = "class_activation_map"
 MAPS = {
@@ -34,29 +34,21 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last
 
 
 def run(plan: Plan) -> list[dict[str, Any]]:
-    """All cases with torch's number of threads; and with one thread the op, so that the rows show what a thread brings."""
-    rows = measure_all(alones(plan, compiling=True), plan)
-    threads = torch.get_num_threads()
-    if not plan.cuda and threads > 1:
-        try:
-            torch.set_num_threads(1)
-            rows += measure_all(alones(plan, compiling=False), plan)
-        finally:
-            torch.set_num_threads(threads)
-    return rows + [row for case in end_to_ends(plan) for row in adds(measure(case, plan))]
+    return adds(measure_all(cases(plan), plan))
 
 
 def cases(plan: Plan) -> Iterator[Case]:
-    yield from alones(plan, compiling=True)
-    yield from end_to_ends(plan)
+    yield from alones(plan)
+    for name, sizes in (TINY_NETWORKS if plan.quick else NETWORKS).items():
+        yield end_to_end(plan, name, *sizes)
 
 
-def alones(plan: Plan, *, compiling: bool) -> Iterator[Case]:
+def alones(plan: Plan) -> Iterator[Case]:
     for dtype in plan.dtypes:
         for name, sizes in (TINY_MAPS if plan.quick else MAPS).items():
             for layout in LAYOUTS:
                 for backward in (False, True):
-                    yield alone(plan, name, sizes, layout, dtype, backward, compiling)
+                    yield alone(plan, name, sizes, layout, dtype, backward)
 
 
 def product_sum(features: Tensor, weight: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -66,9 +58,7 @@ def product_sum(features: Tensor, weight: Tensor, labels: Tensor, size: tuple[in
     return F.interpolate(m[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
-def alone(
-    plan: Plan, name: str, sizes: tuple[int, ...], layout: str, dtype: torch.dtype, backward: bool, compiling: bool
-) -> Case:
+def alone(plan: Plan, name: str, sizes: tuple[int, ...], layout: str, dtype: torch.dtype, backward: bool) -> Case:
     batch, k, hw, image, classes = sizes
     draw = torch.Generator().manual_seed(8)
     weight = (torch.randn(classes, k, generator=draw) * k**-0.5).to(plan.device)
@@ -93,10 +83,6 @@ def alone(
 
     exact = features.detach().double().requires_grad_(backward)
     traffic = features.numel() * features.element_size() * (2 if backward else 1)  # reads features; backward writes as much
-    rivals = [
-        provider("compile(definition)", "compile", lambda: call(compiled(plan, definition))),
-        provider("compile(product and sum)", "compile", lambda: call(compiled(plan, product_sum))),
-    ]
     return Case(
         op=OP,
         labels={
@@ -105,22 +91,17 @@ def alone(
             "layout": layout,
             "dtype": str(dtype)[6:],
             "pass": "fwd+bwd" if backward else "fwd",
-            "threads": _threads(plan),
         },
-        providers=[Provider("product and sum", "eager", call(product_sum)), *(rivals if compiling else []), *ours(OP, plan, call(public))],
+        providers=[
+            Provider("product and sum", "eager", call(product_sum)),
+            provider("compile(definition)", "compile", lambda: call(compiled(plan, definition))),
+            provider("compile(product and sum)", "compile", lambda: call(compiled(plan, product_sum))),
+            *ours(OP, plan, call(public)),
+        ],
         truth=call(definition, exact, weight.double(), grad.double()),
         baseline="product and sum",
         bytes=traffic + 4 * grad.numel() * (2 if backward else 1),  # and writes the maps; backward reads their gradient
     )
-
-
-def _threads(plan: Plan) -> str:
-    return "" if plan.cuda else str(torch.get_num_threads())
-
-
-def end_to_ends(plan: Plan) -> Iterator[Case]:
-    for name, sizes in (TINY_NETWORKS if plan.quick else NETWORKS).items():
-        yield end_to_end(plan, name, *sizes)
 
 
 def end_to_end(plan: Plan, name: str, spec: str, batch: int, size: int, classes: int) -> Case:
@@ -151,7 +132,6 @@ def end_to_end(plan: Plan, name: str, spec: str, batch: int, size: int, classes:
             "layout": "NCHW",
             "dtype": "float32",
             "pass": "fwd",
-            "threads": _threads(plan),
         },
         providers=[
             Provider("forward alone", "eager", forward, checked=False),
@@ -168,10 +148,16 @@ def end_to_end(plan: Plan, name: str, spec: str, batch: int, size: int, classes:
 
 
 def adds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`adds_ms`: time beyond a bare forward; `x_adds`: that, in multiples of what our maps alone take."""
-    ms = {row["provider"]: row["ms"] for row in rows if "ms" in row}
+    """`adds_ms`: time beyond a bare forward, in the cases that have one; `x_adds`: that, in multiples of what our maps alone take."""
+    cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        if row["provider"] in ms and "alone" not in row["provider"] and "forward alone" in ms and "ours: maps alone" in ms:
-            row["adds_ms"] = round(ms[row["provider"]] - ms["forward alone"], 6)
-            row["x_adds"] = round(row["adds_ms"] / ms["ours: maps alone"], 3)
+        if "ms" in row:
+            cases.setdefault((row["case"], row["shape"], row.get("threads")), []).append(row)
+    for own in cases.values():
+        ms = {row["provider"]: row["ms"] for row in own}
+        if "forward alone" in ms and "ours: maps alone" in ms:
+            for row in own:
+                if "alone" not in row["provider"]:
+                    row["adds_ms"] = round(row["ms"] - ms["forward alone"], 6)
+                    row["x_adds"] = round(row["adds_ms"] / ms["ours: maps alone"], 3)
     return rows
