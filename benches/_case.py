@@ -61,7 +61,7 @@ class Case:
     Attributes:
       op: name in the op table. labels: columns that name the case. truth: outputs of the definition in fp64.
       tolerance: see `check.verdict`. bytes, flops: least traffic and work of one call, for the rate columns.
-      baseline: provider that "x eager" divides by.
+      baseline: provider that "x eager" divides by. seconds: what its rounds may take, once the least number is done.
     """
 
     op: str
@@ -72,6 +72,7 @@ class Case:
     tolerance: float | None = None
     bytes: int | None = None
     flops: int | None = None
+    seconds: float = 60.0
 
     def title(self) -> str:
         return " ".join(self.labels.values())

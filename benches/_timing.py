@@ -105,7 +105,7 @@ def measure(case: Case, plan: Plan) -> list[dict[str, Any]]:
         running.append((p, row, _warm(p.call, plan)))
     del truth
     times: list[list[float]] = [[] for _ in running]
-    least, most, limit = (3, 3, 1.0) if plan.quick else (5, 50 if plan.cuda else 15, 60.0)
+    least, most, limit = (3, 3, 1.0) if plan.quick else (5, 50 if plan.cuda else 15, case.seconds)
     begin = time.perf_counter()
     for done in range(most):
         if done >= least and time.perf_counter() - begin > limit:

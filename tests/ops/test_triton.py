@@ -47,10 +47,65 @@ for dtype, rtol, atol in ((torch.float32, 1e-5, 1e-4), (torch.bfloat16, 2e-2, 5e
 print("agree")
 """
 
+BATCH_NORM = """
+import torch
+from fastkd import ops
+ops.use("triton")
+assert dict((r[0], r[2]) for r in ops.table())["batch_norm_act"] == "triton"
+torch.manual_seed(0)
+shapes = [(3, 5, 7, 7), (70, 3, 5, 17), (2, 127, 1, 1), (5, 6), (2, 65, 3, 2)]
+for dtype, rtol, atol in ((torch.float32, 1e-4, 1e-4), (torch.bfloat16, 2e-2, 5e-2), (torch.float16, 3e-3, 2e-2)):
+    for shape in shapes if dtype == torch.float32 else shapes[:1]:
+        for layout in ("nchw", "nhwc", "sliced") if shape == (3, 5, 7, 7) else ("nchw", "nhwc") if len(shape) == 4 else ("nchw",):
+            for act, affine in (("none", True), ("relu", False), ("relu6", True), ("leaky_relu", True)):
+                x = torch.randn(shape) * 2 + 1
+                if layout == "nhwc":
+                    x = x.contiguous(memory_format=torch.channels_last)
+                if layout == "sliced":
+                    x = torch.randn(shape[0], shape[1], shape[2] + 1, shape[3])[:, :, 1:]
+                x, c = x.to(dtype), shape[1]
+                weight, bias = torch.randn(2, c)
+                gy, out = torch.randn_like(x), []
+                for name in ("reference", "triton"):
+                    ops.use(name)
+                    v = [t.clone().requires_grad_() for t in ((x, weight, bias) if affine else (x,))]
+                    mean, var = torch.zeros(c), torch.ones(c)
+                    y = ops.batch_norm_act(v[0], mean, var, *v[1:], act=act)
+                    out.append([y, *torch.autograd.grad(y, v, gy), mean, var])
+                for ours, theirs in zip(out[1], out[0], strict=True):
+                    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, msg=lambda m: f"{dtype} {shape} {layout} {act}: {m}")
+assert ops.batch_norm_act(torch.randn(0, 3, 2, 2)).shape == (0, 3, 2, 2)
+print("agree")
+"""
+
+UPSAMPLE = """
+import torch
+from fastkd import ops
+ops.use("triton")
+torch.manual_seed(0)
+for dtype, rtol, atol in ((torch.float32, 1e-5, 1e-5), (torch.bfloat16, 2e-2, 8e-2), (torch.float16, 2e-3, 1e-2)):
+    for shape in ((2, 3, 5, 7), (1, 1, 1, 1), (3, 3, 1, 1), (0, 2, 3, 3), (2, 17, 3, 33)):
+        for memory in (torch.contiguous_format, torch.channels_last):
+            for f, constants in ((ops.upsample_affine_tanh, 1), (ops.upsample_affine_sigmoid, 0), (ops.upsample_affine_sigmoid, 1)):
+                x = (torch.randn(shape) * torch.randint(0, 2, shape).mul(3.9).add(0.1)).to(dtype).contiguous(memory_format=memory)
+                given = torch.randn(2, shape[1]).unbind() if constants else ()
+                gy, out = torch.randn(shape[0], shape[1], 2 * shape[2], 2 * shape[3]).to(dtype), []
+                for name in ("reference", "triton"):
+                    ops.use(name)
+                    v = x.clone().requires_grad_()
+                    y = f(v, *given)
+                    out.append([y, torch.autograd.grad(y, v, gy)[0]])
+                for ours, theirs in zip(out[1], out[0], strict=True):
+                    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, msg=lambda m: f"{dtype} {shape} {memory}: {m}")
+print("agree")
+"""
+
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
+from fastkd.ops.bn_act import triton as b
 from fastkd.ops.bn_match import triton as t
+from fastkd.ops.upsample import triton as u
 
 def job(kernel, element, architecture, **constants):
     signature = {}
@@ -58,7 +113,7 @@ def job(kernel, element, architecture, **constants):
         if name in constants: signature[name] = "constexpr"
         elif name in ("x_ptr", "r_ptr", "y_ptr", "gy_ptr", "dx_ptr", "dr_ptr"): signature[name] = "*" + element
         elif name.endswith("_ptr"): signature[name] = "*fp32"
-        else: signature[name] = "fp32" if name == "slope" else "i32"
+        else: signature[name] = "fp32" if name in ("slope", "count", "eps") else "i32"
     assert compile(ASTSource(kernel, signature, constexprs=constants), target=GPUTarget("cuda", architecture, 32)).asm["cubin"]
 
 for architecture, element in ((80, "fp32"), (90, "bf16")):
@@ -70,6 +125,16 @@ for architecture, element in ((80, "fp32"), (90, "bf16")):
         job(t._bn_bwd_kernel, element, architecture, ACT=act, HAS_G=True, HAS_S=True, BLOCK=1024, **residual)
     job(t._bn_fwd_nchw_kernel, element, architecture, ACT=0, HAS_Y=False, HAS_R=False, BLOCK=1024, per=1)
     job(t._bn_bwd_kernel, element, architecture, ACT=0, HAS_G=False, HAS_S=True, HAS_R=False, HAS_DR=False, LAST=True, BLOCK=1024, hw=1)
+    for act in (0, 3):
+        flags = dict(ACT=act, HAS_B=bool(act))
+        job(b._stats_kernel, element, architecture, HAS_W=bool(act), BLOCK=128)
+        job(b._fwd_kernel, element, architecture, LAST=bool(act), BLOCK=1024, **flags)
+        job(b._bwd_kernel, element, architecture, LAST=bool(act), BLOCK=1024, **flags)
+        job(b._bwd_sums_nchw_kernel, element, architecture, BLOCK=1024, **flags)
+        job(b._bwd_sums_nhwc_kernel, element, architecture, ROWS=64, COLS=64, **flags)
+        flags = dict(TANH=bool(act), HAS_S=bool(act), LAST=not act, BLOCK=1024)
+        job(u._fwd_kernel, element, architecture, HAS_B=not act, **flags)
+        job(u._bwd_kernel, element, architecture, **flags)
 print("compiled")
 """
 
@@ -80,8 +145,9 @@ def _run(code: str, **environment: str) -> str:
     return result.stdout
 
 
-def test_interpreted_kernels_agree_with_the_reference():
-    assert "agree" in _run(INTERPRET, TRITON_INTERPRET="1")
+@pytest.mark.parametrize("code", [INTERPRET, BATCH_NORM, UPSAMPLE], ids=["bn_match", "bn_act", "upsample"])
+def test_interpreted_kernels_agree_with_the_reference(code):
+    assert "agree" in _run(code, TRITON_INTERPRET="1")
 
 
 def test_kernels_compile_for_gpus(tmp_path):
