@@ -5,7 +5,7 @@ import torch
 from fastkd import ops
 
 ops.use("triton")
-assert dict((r[0], r[2]) for r in ops.table())["batch_norm_act"] == "triton"
+assert {r[0]: r[2] for r in ops.table()}["batch_norm_act"] == "triton"
 torch.manual_seed(0)
 shapes = [(3, 5, 7, 7), (70, 3, 5, 17), (2, 127, 1, 1), (5, 6), (2, 65, 3, 2)]
 for dtype, rtol, atol in ((torch.float32, 1e-4, 1e-4), (torch.bfloat16, 2e-2, 5e-2), (torch.float16, 3e-3, 2e-2)):

@@ -5,7 +5,7 @@ import torch
 from fastkd import ops
 
 ops.use("triton")
-assert dict((r[0], r[2]) for r in ops.table())["bn_sums"] == "triton"
+assert {r[0]: r[2] for r in ops.table()}["bn_sums"] == "triton"
 torch.manual_seed(0)
 shapes = [(3, 5, 7, 7), (0, 4, 3, 3), (70, 3, 5, 17), (2, 127, 1, 1), (5, 6), (2, 65, 3, 2)]
 for dtype, rtol, atol in ((torch.float32, 1e-5, 1e-4), (torch.bfloat16, 2e-2, 5e-2), (torch.float16, 2e-3, 2e-2)):

@@ -8,7 +8,7 @@ from fastkd import ops
 from fastkd.ops.cam.reference import class_activation_map_ref as definition
 
 ops.use("triton")
-assert dict((r[0], r[2]) for r in ops.table())["class_activation_map"] == "triton"
+assert {r[0]: r[2] for r in ops.table()}["class_activation_map"] == "triton"
 torch.manual_seed(0)
 shapes = [(2, 5, 7, 7), (0, 4, 3, 3), (3, 130, 1, 1), (1, 1, 4, 3), (2, 70, 3, 2), (1, 3, 9, 10)]
 options = [(False, "none", None, False), (True, "minmax", None, False), (True, "max", None, False), (True, "minmax", (40, 33), True),
