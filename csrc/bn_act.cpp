@@ -2,8 +2,8 @@
 // result; the activation's mask is recomputed from x by the expression that gave y, so that both always agree.
 //
 // NCHW:  a unit of the sums is 16 channels of `per` images, with 16 lanes a channel; elsewhere it is some planes.
-// NHWC:  a unit of the sums is up to 256 channels of `per` rows of the [n*hw, c] matrix; elsewhere it is some rows. Four rows at a
-//        time pass by the constants of 16 channels.
+// NHWC:  a unit of the sums is up to 256 channels of `per` rows of the [n*hw, c] matrix; elsewhere it is some rows. One row after
+//        the other: the constants come from L1 each time, and memory is read straight on.
 // Lanes are added in order, in double; so are the partial sums of the units.
 #include <cmath>
 #include <vector>
@@ -17,7 +17,6 @@ namespace {
 constexpr int64_t kPlanes = 16;   // channels of an NCHW unit of the sums
 constexpr int64_t kWidth = 256;   // channels of an NHWC unit of the sums
 constexpr int64_t kPiece = 16384; // elements of any other unit
-constexpr int64_t kRows = 4;
 
 // The constants of one channel (X = A) or of 16 (X = V<A>): y = act(scale d + bias), dx = scale g - b - c d, with d = x - mean.
 template <class X> struct Channel {
@@ -54,19 +53,12 @@ template <class A> struct Table {
   }
 };
 
-// kHow rows of the channels c0 … c1 - 1: f16 gets the offset of 16 neighbours and the first of their channels, f1 one element.
-template <int64_t kHow, class A, class F16, class F1>
+// The channels c0 … c1 - 1 of a row: f16 gets the offset of 16 neighbours and the first of their channels, f1 one element.
+template <class A, class F16, class F1>
 inline void pass(const Table<A>& table, int64_t row, int64_t c0, int64_t c1, const F16& f16, const F1& f1) {
-  const int64_t c = table.channels;
-  int64_t ch = c0;
-  for (; ch + kLanes <= c1; ch += kLanes) {
-    const Channel<V<A>> k = table.each(ch);
-    for (int64_t q = 0; q < kHow; ++q) f16((row + q) * c + ch, ch, k);
-  }
-  for (; ch < c1; ++ch) {
-    const Channel<A> k = table.one(ch);
-    for (int64_t q = 0; q < kHow; ++q) f1((row + q) * c + ch, ch, k);
-  }
+  int64_t ch = c0, at = row * table.channels + c0;
+  for (; ch + kLanes <= c1; ch += kLanes, at += kLanes) f16(at, ch, table.each(ch));
+  for (; ch < c1; ++ch, ++at) f1(at, ch, table.one(ch));
 }
 
 // Every element once.
@@ -87,10 +79,7 @@ template <class A, class F16, class F1> void walk(const Sizes& s, const Table<A>
   }
   const int64_t rows = s.n * s.hw, step = s.c < kPiece ? kPiece / s.c : 1;
   parallel((rows + step - 1) / step, threads, [&](int64_t u) {
-    const int64_t end = least(rows, (u + 1) * step);
-    int64_t row = u * step;
-    for (; row + kRows <= end; row += kRows) pass<kRows>(table, row, 0, s.c, f16, f1);
-    for (; row < end; ++row) pass<1>(table, row, 0, s.c, f16, f1);
+    for (int64_t row = u * step; row < least(rows, (u + 1) * step); ++row) pass(table, row, 0, s.c, f16, f1);
   });
 }
 
@@ -195,10 +184,7 @@ template <class T> struct Bwd {
       const auto f1 = [&](int64_t at, int64_t ch, const Channel<A>& k) {
         add<kAct, A>(load(x[at]), load(gy[at]), k, t1[ch - c0], t2[ch - c0]);
       };
-      int64_t row = g * s.per;
-      const int64_t end = least(m, row + s.per);
-      for (; row + kRows <= end; row += kRows) pass<kRows>(table, row, c0, c1, f16, f1);
-      for (; row < end; ++row) pass<1>(table, row, c0, c1, f16, f1);
+      for (int64_t row = g * s.per; row < least(m, (g + 1) * s.per); ++row) pass(table, row, c0, c1, f16, f1);
       for (int64_t ch = c0; ch < c1; ++ch) put(g, ch, t1[ch - c0], t2[ch - c0]);
     });
   }

@@ -156,7 +156,8 @@ class Zskt(Game):
         if self.beta:
             differ = losses.at if self.at_form == "squares" else losses.at_norm
             maps = zip(self.attentions, stages(s), strict=True)
-            terms["at"] = self.beta * self.scale() * sum(differ(kept, losses.attention(m)) for kept, m in maps)
+            apart = torch.stack([differ(kept, losses.attention(m)) for kept, m in maps])
+            terms["at"] = self.beta * self.scale() * apart.sum()
         return terms
 
     def belief_terms(self, student: Tensor) -> dict[str, Tensor]:

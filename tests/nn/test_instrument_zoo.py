@@ -16,6 +16,8 @@ TORCHVISION += ("efficientnet_b0", "shufflenet_v2_x0_5", "regnet_y_400mf", "goog
 TIMM = ("resnet18", "resnet26d", "seresnet18", "vgg11_bn", "mobilenetv2_050", "mobilenetv3_small_050", "efficientnet_lite0", "densenet121")
 TIMM += ("regnety_002", "repvgg_a0", "dla34", "ese_vovnet19b_dw", "skresnet18", "xception41p")
 
+UNTRACEABLE = {("timm", "vgg11_bn")}  # it asks for the size of its map: its BatchNorms report one by one
+
 
 def _made(package, name):
     torchvision_stub.define()
@@ -31,7 +33,7 @@ def test_equals_plain_hooks(package, name, settled, hooked, images):
     torch.manual_seed(0)
     net = settled(_made(package, name)).double()
     teacher, plain = instrument(net, (3, 64, 64)), hooked(net)
-    assert teacher.report[0] == "torch.fx traced the network", teacher.report
+    assert (teacher.report[0] == "torch.fx traced the network") == ((package, name) not in UNTRACEABLE), teacher.report
     xs = [images(2, 3, torch.float64, 64).requires_grad_() for _ in range(2)]
     out = teacher(xs[0], "bn", "moments")
     logits, bn = plain(xs[1])

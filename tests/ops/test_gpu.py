@@ -26,6 +26,10 @@ def _step(x, scale, bias, shift, target, images, index, flip):
     loss = ops.bn_match_loss(stats, target, (0, x.shape[1]), first=2.0) + y.sum() + ops.bn_sums(x, shift).sum()
     batch = ops.replay_gather(images, index, dy=index, dx=index, flip=flip, pad=2, mean=target[0, :3], std=target[1, :3] + 1)
     cam = ops.class_activation_map(x, scale[None].expand(5, -1), index, relu=True, norm="minmax", size=(9, 9), renorm=True)
+    means, variances = scale.new_zeros(16), scale.new_ones(16)
+    normed = ops.batch_norm_act(x, means, variances, scale, bias, act="leaky_relu", slope=0.2)
+    normed = ops.upsample_affine_tanh(ops.upsample_conv2d(normed, x[:, :, :3, :3]), scale[:4], bias[:4])
+    loss = loss + normed.square().sum() + means.sum() + ops.upsample_affine_sigmoid(x).square().sum()
     (dx,) = torch.autograd.grad(loss + cam.sum(), x)
     return loss.detach(), dx, batch
 
@@ -106,7 +110,10 @@ def test_large_tensor(kernels):
         assert sums[:, :-1].abs().sum() == 0 and sums[:, -1].tolist() == [2, 4]
         (dx,) = torch.autograd.grad(sums[1].sum(), x)
         assert dx[-1, -1, -1, -1] == 4 and dx[:1].abs().sum() == 0
-        del x, dx
+        del dx
+        y = ops.batch_norm_act(x.detach(), eps=1e-3, act="relu")
+        assert y[-1, -1, -1, -1] > 50 and y[:1].abs().sum() == 0
+        del x, y
         torch.cuda.empty_cache()
 
 

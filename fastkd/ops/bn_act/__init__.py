@@ -64,16 +64,15 @@ def batch_norm_act(
     else:
         y, stats = _registered.BatchNormAct.apply(x, weight, bias, eps, act, slope, over_ranks)
         mean, unbiased = stats[0], stats[1]
-    _move(running_mean, mean, momentum)
-    _move(running_var, unbiased, momentum)
+    for running, now in ((running_mean, mean), (running_var, unbiased)):
+        if running is not None:
+            _move(running, now, momentum)
     return y
 
 
 @torch.no_grad()
-def _move(running: Tensor | None, now: Tensor, momentum: float | Tensor) -> None:
-    if running is not None:
-        now = now.detach().to(running.dtype)
-        running.lerp_(now, momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum)
+def _move(running: Tensor, now: Tensor, momentum: float | Tensor) -> None:
+    running.lerp_(now.detach().to(running.dtype), momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum)
 
 
 def _empty(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
