@@ -97,7 +97,7 @@ def _case(target: Target, rows: list[Row], facts: dict[str, Any]) -> _Found:
         if share is None:
             return _Found("not run", reason="no byte count for this case")
         return _Found("met" if share >= target.least else "short", share, ms=own["ms"])
-    named = [r for r in rows if any(fnmatchcase(r["provider"], p) for p in target.rivals)]
+    named = [r for r in rows if r.get("kind") in target.rivals or any(fnmatchcase(r["provider"], p) for p in target.rivals)]
     timed = [r for r in named if "ms" in r and r.get("ok") is not False]
     if not timed:
         why = next((r.get("reason") or r.get("check") for r in named), None)
