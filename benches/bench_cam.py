@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -23,10 +24,12 @@ MAPS = {
     "ResNet-20 at 32": (256, 64, 8, 32, 10),
     "ResNet-34 at 32": (256, 512, 4, 32, 100),
     "ResNet-50 at 112": (64, 2048, 4, 112, 1000),
-    "ResNet-50 at 224": (64, 2048, 7, 224, 1000),
+    "ResNet-50 at 224": (32, 2048, 7, 224, 1000),
 }
 """Batch, channels, height and width of the map, of the image, classes."""
-NETWORKS = {"ResNet-20 at 32": ("resnet20", 64, 32, 10), "ResNet-50 at 224": ("resnet50", 4, 224, 1000)}
+ALONE = ("ResNet-20 at 32", "ResNet-50 at 224")
+"""Maps that are also timed with one thread."""
+NETWORKS = {"ResNet-20 at 32": ("resnet20", 64, 32, 10), "ResNet-50 at 224": ("resnet50", 2, 224, 1000)}
 """Name, batch, height and width of the image, classes."""
 TINY_MAPS = {"tiny": (4, 16, 4, 8, 5)}
 TINY_NETWORKS = {"tiny": ("resnet20", 4, 8, 5)}
@@ -34,29 +37,30 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last
 
 
 def run(plan: Plan) -> list[dict[str, Any]]:
-    """All cases with torch's number of threads; and with one thread the op, so that the rows show what a thread brings."""
-    rows = measure_all(alones(plan, compiling=True), plan)
+    """All cases with torch's number of threads, and some of the op with one, so that the rows show what a second thread brings."""
+    rows = measure_all(alones(plan, MAPS), plan)
     threads = torch.get_num_threads()
     if not plan.cuda and threads > 1:
         try:
             torch.set_num_threads(1)
-            rows += measure_all(alones(plan, compiling=False), plan)
+            once = dataclasses.replace(plan, compile=False)  # compiling takes most of the time of a bench
+            rows += measure_all(alones(once, ALONE), once)
         finally:
             torch.set_num_threads(threads)
     return rows + [row for case in end_to_ends(plan) for row in adds(measure(case, plan))]
 
 
 def cases(plan: Plan) -> Iterator[Case]:
-    yield from alones(plan, compiling=True)
+    yield from alones(plan, MAPS)
     yield from end_to_ends(plan)
 
 
-def alones(plan: Plan, *, compiling: bool) -> Iterator[Case]:
+def alones(plan: Plan, names: Iterable[str]) -> Iterator[Case]:
     for dtype in plan.dtypes:
-        for name, sizes in (TINY_MAPS if plan.quick else MAPS).items():
+        for name, sizes in (TINY_MAPS if plan.quick else {name: MAPS[name] for name in names}).items():
             for layout in LAYOUTS:
                 for backward in (False, True):
-                    yield alone(plan, name, sizes, layout, dtype, backward, compiling)
+                    yield alone(plan, name, sizes, layout, dtype, backward)
 
 
 def product_sum(features: Tensor, weight: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -66,9 +70,7 @@ def product_sum(features: Tensor, weight: Tensor, labels: Tensor, size: tuple[in
     return F.interpolate(m[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
-def alone(
-    plan: Plan, name: str, sizes: tuple[int, ...], layout: str, dtype: torch.dtype, backward: bool, compiling: bool
-) -> Case:
+def alone(plan: Plan, name: str, sizes: tuple[int, ...], layout: str, dtype: torch.dtype, backward: bool) -> Case:
     batch, k, hw, image, classes = sizes
     draw = torch.Generator().manual_seed(8)
     weight = (torch.randn(classes, k, generator=draw) * k**-0.5).to(plan.device)
@@ -93,10 +95,6 @@ def alone(
 
     exact = features.detach().double().requires_grad_(backward)
     traffic = features.numel() * features.element_size() * (2 if backward else 1)  # reads features; backward writes as much
-    rivals = [
-        provider("compile(definition)", "compile", lambda: call(compiled(plan, definition))),
-        provider("compile(product and sum)", "compile", lambda: call(compiled(plan, product_sum))),
-    ]
     return Case(
         op=OP,
         labels={
@@ -107,7 +105,12 @@ def alone(
             "pass": "fwd+bwd" if backward else "fwd",
             "threads": _threads(plan),
         },
-        providers=[Provider("product and sum", "eager", call(product_sum)), *(rivals if compiling else []), *ours(OP, plan, call(public))],
+        providers=[
+            Provider("product and sum", "eager", call(product_sum)),
+            provider("compile(definition)", "compile", lambda: call(compiled(plan, definition))),
+            provider("compile(product and sum)", "compile", lambda: call(compiled(plan, product_sum))),
+            *ours(OP, plan, call(public)),
+        ],
         truth=call(definition, exact, weight.double(), grad.double()),
         baseline="product and sum",
         bytes=traffic + 4 * grad.numel() * (2 if backward else 1),  # and writes the maps; backward reads their gradient
