@@ -23,10 +23,10 @@ MAPS = {
     "ResNet-20 at 32": (256, 64, 8, 32, 10),
     "ResNet-34 at 32": (256, 512, 4, 32, 100),
     "ResNet-50 at 112": (64, 2048, 4, 112, 1000),
-    "ResNet-50 at 224": (64, 2048, 7, 224, 1000),
+    "ResNet-50 at 224": (32, 2048, 7, 224, 1000),
 }
 """Batch, channels, height and width of the map, of the image, classes."""
-NETWORKS = {"ResNet-20 at 32": ("resnet20", 64, 32, 10), "ResNet-50 at 224": ("resnet50", 4, 224, 1000)}
+NETWORKS = {"ResNet-20 at 32": ("resnet20", 64, 32, 10), "ResNet-50 at 224": ("resnet50", 2, 224, 1000)}
 """Name, batch, height and width of the image, classes."""
 TINY_MAPS = {"tiny": (4, 16, 4, 8, 5)}
 TINY_NETWORKS = {"tiny": ("resnet20", 4, 8, 5)}
