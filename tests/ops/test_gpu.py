@@ -27,7 +27,12 @@ def _step(x, scale, bias, shift, target, images, index, flip):
     batch = ops.replay_gather(images, index, dy=index, dx=index, flip=flip, pad=2, mean=target[0, :3], std=target[1, :3] + 1)
     cam = ops.class_activation_map(x, scale[None].expand(5, -1), index, relu=True, norm="minmax", size=(9, 9))
     (dx,) = torch.autograd.grad(loss + cam.sum(), x)
-    return loss.detach(), dx, batch
+    leaves = images.view(-1).float()
+    tree, key, row = ops.replay_sums(leaves), torch.stack((index[0], index[1])), index * 100
+    refused = ops.replay_update(leaves, tree, torch.cat((row, row)), torch.cat((scale, bias))[:8].abs(), duplicates="mean")
+    drawn, probability, least = ops.replay_sample(leaves, tree, key=key, n=64)
+    resized = ops.replay_gather(images, index, flip=flip, size=(5, 17), memory_format=torch.contiguous_format)
+    return loss.detach(), dx, batch, resized, refused, drawn, probability, least, leaves, tree[:, -1]
 
 
 def _arguments(device="cuda"):

@@ -47,6 +47,61 @@ for dtype, rtol, atol in ((torch.float32, 1e-5, 1e-4), (torch.bfloat16, 2e-2, 5e
 print("agree")
 """
 
+REPLAY = """
+import itertools
+import torch
+from fastkd import ops
+gen = torch.Generator().manual_seed(0)
+
+def both(make):
+    out = []
+    for name in ("reference", "triton"):
+        ops.use(name)
+        out.append(make())
+    return zip(*out, strict=True)
+
+assert all(r[3]["triton"] == "ok" for r in ops.table() if r[0].startswith(("replay", "philox")))
+key = torch.tensor([-5, 2**40 + 3])
+for a, b in both(lambda: [ops.philox_uniform(key, n) for n in (0, 1, 1500)]):
+    assert torch.equal(a, b), "other random bits than the definition"
+u = torch.cat((torch.rand(40, generator=gen, dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)))
+for n, dtype, exact in itertools.product((1, 65, 1000, 1025, 5000), (torch.float32, torch.float64), (True, False)):
+    q = (torch.randint(0, 4, (n,), generator=gen) if exact else torch.rand(n, generator=gen)).to(dtype)
+    q[n // 2] = 1
+    index, value = torch.randint(0, n, (30,), generator=gen), torch.randint(0, 9, (30,), generator=gen).to(dtype)
+    def everything():
+        leaves = q.clone()
+        sums = ops.replay_sums(leaves)
+        out = [sums.clone(), *ops.replay_sample(leaves, sums, u=u), *ops.replay_sample(leaves, sums, key=key, n=7)]
+        out += [ops.replay_sample(leaves, sums, u=u[:0])[2]]
+        for how in ("last", "max", "mean"):
+            ops.replay_update(leaves, sums, index, value, duplicates=how)
+            ops.replay_update(leaves, sums, index[:0], value[:0], duplicates=how)
+            out += [leaves.clone(), sums.clone()]
+        return out
+    for a, b in both(everything):
+        rtol = 0 if not a.is_floating_point() else 1e-6 if dtype == torch.float32 else 1e-13
+        torch.testing.assert_close(a, b, rtol=rtol, atol=0)
+index = torch.tensor([4, 0, 0, 2, 1])
+draws = {"dy": torch.tensor([0, 2, 4, 1, 3]), "dx": torch.tensor([4, 1, 0, 2, 3]), "flip": torch.arange(5) % 2 == 0, "pad": 2,
+         "mean": torch.rand(3, generator=gen), "std": torch.rand(3, generator=gen) + 0.2}
+for store, out, options in itertools.product(
+    (torch.uint8, torch.float32, torch.float16), (torch.float32, torch.float64, torch.float16), ({}, {"dy": draws["dy"], "pad": 2}, draws)
+):
+    pixels = torch.rand(5, 4, 7, 3, generator=gen) * (255 if store == torch.uint8 else 1)
+    images = pixels.to(store)
+    for (size, mode), memory in itertools.product(
+        ((None, "bilinear"), ((3, 9), "bilinear"), ((19, 21), "nearest")), (torch.channels_last, torch.contiguous_format)
+    ):
+        more = {"size": size, "mode": mode, "memory_format": memory, "dtype": out}
+        for a, b in both(lambda: [ops.replay_gather(images, index, **options, **more)]):
+            assert a.stride() == b.stride()
+            torch.testing.assert_close(a, b, msg=lambda m: f"{store} {out} {options.keys()} {size} {mode} {memory}: {m}")
+for a, b in both(lambda: [ops.replay_gather(images[1::2], index[:0]), ops.replay_gather(images[1::2], torch.tensor([1, 0]))]):
+    assert torch.equal(a, b)
+print("agree")
+"""
+
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
@@ -70,6 +125,32 @@ for architecture, element in ((80, "fp32"), (90, "bf16")):
         job(t._bn_bwd_kernel, element, architecture, ACT=act, HAS_G=True, HAS_S=True, BLOCK=1024, **residual)
     job(t._bn_fwd_nchw_kernel, element, architecture, ACT=0, HAS_Y=False, HAS_R=False, BLOCK=1024, per=1)
     job(t._bn_bwd_kernel, element, architecture, ACT=0, HAS_G=False, HAS_S=True, HAS_R=False, HAS_DR=False, LAST=True, BLOCK=1024, hw=1)
+
+def other(kernel, architecture, types, **constants):
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    assert compile(ASTSource(kernel, signature, constexprs=constants), target=GPUTarget("cuda", architecture, 32)).asm["cubin"]
+
+import triton.language as tl
+from fastkd.ops.replay import triton as gather
+from fastkd.ops.replay_tree import triton as tree
+widths = dict(PIECES=16, WIDTH=64)
+long = dict.fromkeys(("key_ptr", "index_ptr", "refused_ptr", "dy_ptr", "dx_ptr", "y_ptr", "x_ptr"), "*i64")
+for architecture, leaf, store, wide, out in ((80, "*fp32", "*u8", "fp32", "*bf16"), (90, "*fp64", "*fp16", "fp64", "*fp64")):
+    leaves = dict.fromkeys(("leaves_ptr", "value_ptr", "probability_ptr", "least_ptr"), leaf)
+    types = {**long, **leaves, "sums_ptr": "*fp64", "u_ptr": "*fp64"}
+    other(tree._uniform_kernel, architecture, {**types, "out_ptr": "*fp64"}, BLOCK_N=1024)
+    other(tree._ends_kernel, architecture, types, PIECES=16, BLOCK_N=1024)
+    for flag in (True, False):
+        other(tree._block_kernel, architecture, types, HAS_INDEX=flag, **widths)
+        other(tree._sample_kernel, architecture, types, HAS_U=flag, DRAWS=4, **widths)
+    for how in range(3):
+        other(tree._settle_kernel, architecture, types, HOW=how, ROWS=16, BLOCK_N=128)
+    for resized, blended in ((False, False), (True, False), (True, True)):
+        lut = ("*fp32" if blended else out) if store == "*u8" else "*i64"
+        floats = dict.fromkeys(("mean_ptr", "std_ptr", "wy_ptr", "wx_ptr"), "*" + wide)
+        types = {**long, **floats, "images_ptr": store, "flip_ptr": "*u8", "lut_ptr": lut, "out_ptr": out}
+        other(gather._gather_kernel, architecture, types, HAS_DY=resized, HAS_DX=resized, HAS_FLIP=resized, RESIZED=resized,
+              BLENDED=blended, BYTES=store == "*u8", LAST=blended, WIDE=getattr(tl, "float" + wide[2:]), BLOCK=1024)
 print("compiled")
 """
 
@@ -82,6 +163,10 @@ def _run(code: str, **environment: str) -> str:
 
 def test_interpreted_kernels_agree_with_the_reference():
     assert "agree" in _run(INTERPRET, TRITON_INTERPRET="1")
+
+
+def test_interpreted_replay_kernels_agree_with_the_reference():
+    assert "agree" in _run(REPLAY, TRITON_INTERPRET="1")
 
 
 def test_kernels_compile_for_gpus(tmp_path):
