@@ -3,6 +3,12 @@
 #pragma once
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define FASTKD_BOTH __host__ __device__  // on the host and on a GPU
+#else
+#define FASTKD_BOTH
+#endif
+
 namespace fastkd {
 
 enum DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kUInt8 = 4 };

@@ -1,12 +1,6 @@
 // Philox-4x32-10 (Salmon et al., SC 2011), the same integers on the host and on a GPU: draw i of a key is a function of both alone.
 #pragma once
-#include <cstdint>
-
-#ifdef __CUDACC__
-#define FASTKD_BOTH __host__ __device__
-#else
-#define FASTKD_BOTH
-#endif
+#include "common.h"
 
 namespace fastkd {
 namespace {

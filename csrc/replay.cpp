@@ -4,8 +4,24 @@
 #include "cpu_kernels.h"
 #include "cpu_vec.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace fastkd {
 namespace {
+
+// A result of more than 32 MB comes fresh from the system each time, and its page faults cost several times what the gather does.
+// Huge pages make them five hundred times fewer; where the system has none, nothing changes.
+void huge_pages(void* p, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
+  const uintptr_t from = (uintptr_t(p) + kHuge - 1) / kHuge * kHuge, to = (uintptr_t(p) + uintptr_t(bytes)) / kHuge * kHuge;
+  if (bytes > (int64_t(32) << 20)) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#else
+  (void)p, (void)bytes;
+#endif
+}
 
 template <class O> struct Norm { using type = float; };
 template <> struct Norm<double> { using type = double; };
@@ -18,11 +34,15 @@ template <class In, class Out, int kC, bool kLast> struct Gather {
   const int64_t channels = kC ? kC : p.channels, plane = kLast ? 1 : p.out_height * p.out_width, step = kLast ? channels : 1;
   const A *mean = static_cast<const A*>(p.mean), *std = static_cast<const A*>(p.std);
 
-  // One output pixel; s null: black.
+  void put(Out* o, In v, int64_t c) const {
+    if constexpr (kBytes) o[c * plane] = static_cast<const Out*>(p.lut)[c * 256 + v];
+    else store(o[c * plane], (A(load(v)) - mean[c]) / std[c]);
+  }
   void pixel(Out* o, const In* s) const {
-    for (int64_t c = 0; c < channels; ++c)
-      if constexpr (kBytes) o[c * plane] = static_cast<const Out*>(p.lut)[c * 256 + (s ? s[c] : 0)];
-      else store(o[c * plane], ((s ? A(load(s[c])) : A(0)) - mean[c]) / std[c]);
+    for (int64_t c = 0; c < channels; ++c) put(o, s[c], c);
+  }
+  void black(Out* o) const {
+    for (int64_t c = 0; c < channels; ++c) put(o, In{}, c);
   }
 
   A value(const In* s, int64_t c) const {
@@ -61,7 +81,7 @@ template <class In, class Out, int kC, bool kLast> struct Gather {
     for (int64_t i = 0; i < p.height; ++i, out += w * step) {
       const In* src = row(m, i);
       const int64_t a = src ? from : w, z = src ? to : w;
-      for (int64_t j = 0; j < a; ++j) pixel(out + j * step, nullptr);
+      for (int64_t j = 0; j < a; ++j) black(out + j * step);
       if (a < z) {
         const In* s = at(m, src, a);
         if (!m.flip)
@@ -69,7 +89,7 @@ template <class In, class Out, int kC, bool kLast> struct Gather {
         else
           for (int64_t j = a; j < z; ++j, s -= channels) pixel(out + j * step, s);
       }
-      for (int64_t j = z; j < w; ++j) pixel(out + j * step, nullptr);
+      for (int64_t j = z; j < w; ++j) black(out + j * step);
     }
   }
 
@@ -79,13 +99,15 @@ template <class In, class Out, int kC, bool kLast> struct Gather {
       const In *r0 = row(m, p.y[i]), *r1 = row(m, least(p.y[i] + 1, p.height - 1));
       for (int64_t j = 0; j < p.out_width; ++j, out += step) {
         const int64_t x0 = p.x[j], x1 = least(x0 + 1, p.width - 1);
-        if (!p.blended) pixel(out, at(m, r0, x0));
-        else blend(out, at(m, r0, x0), at(m, r1, x0), at(m, r0, x1), at(m, r1, x1), wy[i], wx[j]);
+        const In* s = at(m, r0, x0);
+        if (!p.blended) s ? pixel(out, s) : black(out);
+        else blend(out, s, at(m, r1, x0), at(m, r0, x1), at(m, r1, x1), wy[i], wx[j]);
       }
     }
   }
 
   void run(int threads) const {
+    huge_pages(p.out, p.batch * p.out_height * p.out_width * channels * int64_t(sizeof(Out)));
     parallel(p.batch, threads, [&](int64_t b) {
       const Image m{static_cast<const In*>(p.images) + p.index[b] * p.stride, p.dy ? p.dy[b] - p.pad : 0, p.dx ? p.dx[b] - p.pad : 0,
                     p.flip && p.flip[b]};

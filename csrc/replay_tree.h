@@ -17,7 +17,7 @@ struct Levels {
   double *piece_low, *block_low, *end_low;  // smallest positive leaves, infinity where there are none
 };
 
-inline Levels levels(double* sums, int64_t leaves) {
+FASTKD_BOTH inline Levels levels(double* sums, int64_t leaves) {
   const int64_t b = (leaves + kBlockLeaves - 1) / kBlockLeaves, size = b * (kPieces + 2);
   double* low = sums + size;
   return {b, sums, sums + b * kPieces, sums + b * (kPieces + 1), low, low + b * kPieces, low + b * (kPieces + 1)};

@@ -31,7 +31,12 @@ def _step(x, scale, bias, shift, target, images, index, flip):
     normed = ops.upsample_affine_tanh(ops.upsample_conv2d(normed, x[:, :, :3, :3]), scale[:4], bias[:4])
     loss = loss + normed.square().sum() + means.sum() + ops.upsample_affine_sigmoid(x).square().sum()
     (dx,) = torch.autograd.grad(loss + cam.sum(), x)
-    return loss.detach(), dx, batch
+    leaves = images.view(-1).float()
+    tree, key, row = ops.replay_sums(leaves), torch.stack((index[0], index[1])), index * 100
+    refused = ops.replay_update(leaves, tree, torch.cat((row, row)), torch.cat((scale, bias))[:8].abs(), duplicates="mean")
+    drawn, probability, least = ops.replay_sample(leaves, tree, key=key, n=64)
+    resized = ops.replay_gather(images, index, flip=flip, size=(5, 17), memory_format=torch.contiguous_format)
+    return loss.detach(), dx, batch, resized, refused, drawn, probability, least, leaves, tree[:, -1]
 
 
 def _arguments(device="cuda"):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastkd import ops
-from fastkd.ops.replay.reference import replay_gather_ref
 
 
 def _pixels(images, index, dy, dx, flip, pad, mean, std, dtype):
@@ -60,6 +60,39 @@ def test_replay_gather(backend, device, store, out, channels):
             torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("memory", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize(
+    ("mode", "size"), [("nearest", (4, 7)), ("nearest", (9, 3)), ("bilinear", (4, 7)), ("bilinear", (1, 15)), ("bilinear", (8, 5))]
+)
+@pytest.mark.parametrize("store", [torch.uint8, torch.float16, torch.float32], ids=str)
+def test_resize_is_interpolate_of_the_cropped_image(backend, device, store, mode, size, memory):
+    images, index = _store(store).to(device), torch.tensor([4, 0, 2], device=device)
+    off, flip = torch.tensor([0, 3, 4], device=device), torch.tensor([True, False, True], device=device)
+    crop = {"dy": off, "dx": off.flip(0), "flip": flip, "pad": 2}
+    mean, std = torch.linspace(0.1, 0.6, 3, device=device), torch.linspace(0.2, 0.9, 3, device=device)
+    for out in (torch.float32, torch.float64, torch.bfloat16):
+        plain = ops.replay_gather(images, index, dtype=torch.promote_types(out, torch.float32), **crop)
+        resized = F.interpolate(plain, size, mode=mode, **({} if mode == "nearest" else {"align_corners": False}))
+        expected = ((resized - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)).to(out)
+        options = {**crop, "mean": mean, "std": std, "size": size, "mode": mode, "memory_format": memory, "dtype": out}
+        got = ops.replay_gather(images, index, **options)
+        assert got.is_contiguous(memory_format=memory) and got.dtype == out
+        torch.testing.assert_close(got, expected)
+        if device == "cpu":
+            ops.use("reference")
+            assert torch.equal(got, ops.replay_gather(images, index, **options)), "other bits than the definition"
+            ops.use(backend)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("store", [torch.uint8, torch.float32], ids=str)
+def test_layouts_hold_the_same_values(backend, device, store, channels):
+    images, index = _store(store, c=channels).to(device), torch.tensor([3, 1], device=device)
+    last = ops.replay_gather(images, index, dy=index, flip=index > 1, pad=2)
+    first = ops.replay_gather(images, index, dy=index, flip=index > 1, pad=2, memory_format=torch.contiguous_format)
+    assert torch.equal(first, last) and first.is_contiguous() and last.permute(0, 2, 3, 1).is_contiguous()
+
+
 @pytest.mark.parametrize("width", [1, 2, 33])
 def test_crop_larger_than_the_image(backend, device, width):
     """A shift beyond the image leaves only black, normalised."""
@@ -96,17 +129,23 @@ def test_special_halves(cpp):
     assert torch.equal(got, edges.flatten().half())
 
 
-def test_threads_do_not_matter(cpp):
+def test_threads_and_instruction_sets_do_not_matter(cpp):
+    from fastkd import _C
+
     images, index = _store(torch.uint8, n=64, h=32, w=32), torch.randint(0, 64, (256,))
-    threads = torch.get_num_threads()
+    threads, seen = torch.get_num_threads(), []
     try:
-        seen = []
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            seen.append(ops.replay_gather(images, index, dtype=torch.float32))
+        for isa in _C.isas():
+            _C.set_isa(isa)
+            for count in (1, 3):
+                torch.set_num_threads(count)
+                plain = ops.replay_gather(images, index, dtype=torch.float32)
+                seen.append((plain, ops.replay_gather(images, index, size=(20, 47), mean=torch.rand(3).fill_(0.3), dtype=torch.bfloat16)))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(*seen)
+        _C.set_isa(_C.isas()[-1])
+    for other in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
 
 
 def test_empty(backend, device):
@@ -133,21 +172,47 @@ def test_refused(backend, device):
         ({"images": images.int()}, "images"), ({"images": images[0]}, "images"), ({"index": index.int()}, "index"),
         ({"dy": index.int()}, "dy"), ({"flip": index}, "flip"), ({"mean": torch.ones(2, device=device)}, "mean"), ({"pad": -1}, "pad"),
         ({"dtype": torch.int32}, "dtype"), ({"images": images.float().requires_grad_()}, "gradient"),
+        ({"images": images[:, :, ::2]}, "must be contiguous"), ({"size": (0, 3)}, "size"), ({"size": (3,)}, "size"),
+        ({"size": (3, 3), "mode": "bicubic"}, "expected one of bilinear, nearest"),
+        ({"memory_format": torch.preserve_format}, "memory_format"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             ops.replay_gather(**{"images": images, "index": index, **change})
 
 
-def test_opcheck_and_compile(cpp):
+def test_opcheck(cpp):
     images, index = _store(torch.uint8), torch.tensor([1, 0, 4])
     off, flip, mean = torch.tensor([0, 1, 4]), torch.tensor([True, False, True]), torch.rand(3)
-    arguments = (images, index, off, off, flip, 2, mean, mean, None, "bilinear", True, torch.float32)
-    torch.library.opcheck(torch.ops.fastkd.replay_gather.default, arguments)
+    for size, mode, last in ((None, "bilinear", True), ([5, 3], "bilinear", False), ([5, 3], "nearest", True)):
+        arguments = (images, index, off, off, flip, 2, mean, mean, size, mode, last, torch.float32)
+        torch.library.opcheck(torch.ops.fastkd.replay_gather.default, arguments)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole(backend, device, dynamic):
+    images, mean = _store(torch.uint8).to(device), torch.rand(3, device=device)
+
+    def call(i, flip):
+        options = {"dy": i % 5, "dx": i % 3, "flip": flip, "pad": 2, "mean": mean, "std": mean, "dtype": torch.float32}
+        small = ops.replay_gather(images, i, size=(3, 5), memory_format=torch.contiguous_format, **options)
+        return ops.replay_gather(images, i, **options) * 2, small
+
     torch._dynamo.reset()
-    options = {"dy": off, "dx": off, "flip": flip, "pad": 2, "mean": mean, "std": mean, "dtype": torch.float32}
-    call = lambda i: ops.replay_gather(images, i, **options) * 2  # noqa: E731
-    assert torch.equal(torch.compile(call, fullgraph=True)(index), call(index))
-    assert torch.equal(call(index), replay_gather_ref(*arguments) * 2)
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for rows in ([1, 0, 4], [2, 2, 3, 1, 0]):
+        index = torch.tensor(rows, device=device)
+        for a, b in zip(compiled(index, index > 1), call(index, index > 1), strict=True):
+            assert torch.equal(a, b) and a.stride() == b.stride()
+
+
+def test_a_gradient_is_refused(cpp):
+    images, index, mean = _store(torch.uint8), torch.tensor([1]), torch.rand(3, requires_grad=True)
+    with pytest.raises(ValueError, match="computes no gradient"):
+        ops.replay_gather(images, index, mean=mean).sum().backward()
+    with torch.no_grad():
+        assert ops.replay_gather(images, index, mean=mean).shape == (1, 3, 4, 7)
+    with torch.inference_mode():
+        assert ops.replay_gather(images, index, mean=mean).shape == (1, 3, 4, 7)
 
 
 @pytest.mark.large
