@@ -77,7 +77,3 @@ def top1(recipe):
     outcome = assemble.distil(config.resolve(recipe, {"seed": 0}))
     assert outcome.code == 0
     return outcome.summary["student"]["top1"]
-
-
-NOISE = 0.446
-"""What the teacher's answers to uniform noise teach the same student (`fastkd demo`)."""

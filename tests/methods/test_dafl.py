@@ -160,4 +160,4 @@ def test_what_cannot_work_is_refused():
 
 @pytest.mark.slow
 def test_the_digits_recipe_beats_noise():
-    assert novel.top1("dafl-digits") > 0.7
+    assert novel.top1("dafl-digits") > 0.6  # measured: 0.726; noise: 0.446
