@@ -34,7 +34,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("fast", {"meta": "reptile", "reptile": 1.0, "generator_name": "g_deep", "meta_latent": True, "redraw_every": 2, "loops": 2}),
     ("fast", {"meta": "none", "pool_select": "last"}),
     ("dafl", {"variant": "zju", "aug": "crop_flip", "generator_name": "g_large", "gen_mode_in_kd": "eval"}),
-    ("dafl", {"optimiser": "adam", "entropy_log": "e", "bn_eps": 1e-5, "a": 0.0}),
+    ("dafl", {"optimiser": "adam", "entropy_log": "ln", "bn_eps": 1e-5, "a": 0.0}),
     ("dfq", {"variant": "original", "alpha_schedule": "linear", "cosine_in_warmup": True}),
     ("dfad", {"variant": "zju", "student_mode_in_g": "train"}),
     ("dfad", {"adv_form": "log_l1", "sched_step": "before", "generator_name": "g_dfad_b"}),

@@ -32,8 +32,8 @@ class Responses(Novel):
     """weight of the class balance"""
     a: Weight = 0.01
     """weight of the activation loss"""
-    entropy_log: Literal["10", "e"] = "10"
-    """base of the logarithm in the class balance; with e it weighs 2.3 times as much"""
+    entropy_log: Literal["log10", "ln"] = "log10"
+    """logarithm of the class balance; with ln it weighs 2.3 times as much"""
 
     def check(self) -> None:
         super().check()
@@ -43,7 +43,7 @@ class Responses(Novel):
             )
 
     def response_terms(self, t: Trace) -> dict[str, Tensor]:
-        balance = losses.balance_log10 if self.entropy_log == "10" else losses.balance_ln
+        balance = losses.balance_log10 if self.entropy_log == "log10" else losses.balance_ln
         terms = {"oh": self.oh * losses.pseudo_label(t.logits), "ie": self.ie * balance(t.logits)}
         if self.a:
             assert t.feature is not None  # `check` refused what has none
@@ -97,7 +97,7 @@ class DaflZju(Responses, Rounds):
     oh: Weight = 1.0
     ie: Weight = 20.0
     a: Weight = 1e-3
-    entropy_log: Literal["10", "e"] = "e"
+    entropy_log: Literal["log10", "ln"] = "ln"
 
     def generator_terms(self, x: Tensor) -> dict[str, Tensor]:
         return self.response_terms(self.teacher(x))

@@ -155,9 +155,8 @@ class Zskt(Game):
         terms = self.belief_terms(s.logits)
         if self.beta:
             differ = losses.at if self.at_form == "squares" else losses.at_norm
-            maps = zip(self.attentions, stages(s), strict=True)
-            apart = torch.stack([differ(kept, losses.attention(m)) for kept, m in maps])
-            terms["at"] = self.beta * self.scale() * apart.sum()
+            apart = [differ(kept, losses.attention(m)) for kept, m in zip(self.attentions, stages(s), strict=True)]
+            terms["at"] = self.beta * self.scale() * torch.stack(apart).sum()
         return terms
 
     def belief_terms(self, student: Tensor) -> dict[str, Tensor]:

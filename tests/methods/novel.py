@@ -66,7 +66,8 @@ def check_settings(name, **table):
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         for value in typing.get_args(hints[field.name]) if typing.get_origin(hints[field.name]) is typing.Literal else ():
-            assert getattr(make_method({"name": name, **chosen, field.name: value}), field.name) == value
+            said = config.parse_sets([f"{field.name}={value}"])
+            assert getattr(make_method({"name": name, **chosen, **said}), field.name) == value
     planned = assemble.dry_run(config.resolve(None, {"method": {"name": name, **table}}))
     made = small.small(name, table)
     assert {row["step"] for row in planned["steps"]} == {n for e in range(made.epochs) for n in names(made, e)}
@@ -77,7 +78,3 @@ def top1(recipe):
     outcome = assemble.distil(config.resolve(recipe, {"seed": 0}))
     assert outcome.code == 0
     return outcome.summary["student"]["top1"]
-
-
-NOISE = 0.446
-"""What the teacher's answers to uniform noise teach the same student (`fastkd demo`)."""

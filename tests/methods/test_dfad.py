@@ -115,4 +115,4 @@ def test_the_generators_have_the_published_size_and_range():
 
 @pytest.mark.slow
 def test_the_digits_recipe_beats_noise():
-    assert novel.top1("dfad-digits") > 0.6
+    assert novel.top1("dfad-digits") > 0.85  # measured: 0.968; noise: 0.446
