@@ -9,6 +9,7 @@ import re
 import pytest
 
 from fastkd import config, methods
+from fastkd.assemble.job import make_method
 from fastkd.cli.methods import readable, shown
 
 
@@ -35,8 +36,8 @@ def test_every_field_with_default_values_and_meaning(cli, name: str) -> None:
 def test_every_default_can_be_set_as_it_is_shown(name: str) -> None:
     for f in dataclasses.fields(methods.method_class(name)):
         value = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
-        again = config.parse_value(shown(value))
-        assert (tuple(again) if isinstance(value, tuple) else again) == value, f.name
+        again = make_method({"name": name, f.name: config.parse_value(shown(value))})
+        assert getattr(again, f.name) == value, f.name
 
 
 def test_what_people_read(cli) -> None:
