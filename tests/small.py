@@ -19,7 +19,7 @@ FIELDS: dict[str, Any] = {
     **{"epochs": 3, "warmup": 1, "batch": 12, "kd_batch": 8, "kd_steps": 3, "g_steps": 2, "g_loops": 1, "gwp_loops": 2, "g_life": 2},
     **{"iterations": 2, "s_steps": 2, "milestones": (1,)},
     **{"hidden": 16, "nz": 8, "loops": 1, "n_images": 24, "reset_l0_at": 2, "lr": 0.05, "lr_g": 1e-3},
-    **{"vae_steps": 1, "replay_batch": 4, "bank_batch": 4, "bank_slots": 2, "push_period": 1},
+    **{"vae_steps": 1, "replay_batch": 4, "bank_batch": 4, "bank_slots": 2, "push_period": 1, "lr_inner": 0.1},
 }
 """Values for whichever of these fields a method has."""
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -46,7 +46,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("noise", {"kind": "uniform"}),
     ("pre", {"leak_latent_grad": False, "feat_recon": True, "replay_dtype": "bf16", "jsd": "textbook"}),
     ("pre", {"latent_sharing": True, "student_mode_in_g": "eval", "generator_name": "g_dafl"}),
-    ("mb", {"match": "prior+bn", "bn_form": "gauss_kl", "read": "images"}),
+    ("mb", {"match": "prior+bn", "bn_form": "gauss_kl", "read": "images", "epochs": 2}),
     ("mb", {"bank_slots": 0}),
     ("lra", {"replay": "vae", "bn_in_inner": "keep"}),
     ("lra", {"order": "first"}),

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from fastkd import assemble, config
 from fastkd.engine import loop
 from fastkd.errors import ConfigError
 from fastkd.method import steps
@@ -17,7 +16,7 @@ from fastkd.methods.pre import Pre
 from fastkd.nn import Student
 from tests import small
 from tests.methods.test_mb import bits, equal
-from tests.methods.test_pre import do, walk
+from tests.methods.test_pre import do, recipe, walk
 
 
 def smooth(over=None):
@@ -26,7 +25,7 @@ def smooth(over=None):
     net = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(16, 5), nn.Tanh(), nn.Linear(5, 4))
     given = small.given()
     given.student = Student(net, shape=given.shape)
-    m = small.small("lra", over)
+    m = small.small("lra", {"lr_inner": 0.9, **(over or {})})
     loop.prepare(m, given)
     return m, torch.randn(12, *m.shape), torch.randn(4, *m.shape)
 
@@ -211,5 +210,6 @@ def test_the_check_leaves_the_student_as_it_is():
 
 @pytest.mark.slow
 def test_the_digits_recipe_learns(tmp_path):
-    outcome = assemble.distil(config.resolve("lra-digits", {"seed": 0, "device": "cpu"}), tmp_path / "run")
-    assert outcome.code == 0 and outcome.summary["student"]["top1"] > 0.7
+    top1, first, last = recipe("lra", tmp_path / "run")
+    assert top1 > 0.55  # noise reaches 0.446
+    assert last["generate.oh"] < 0.9 * first["generate.oh"] and last["learn.gap"] < 0.7 * first["learn.gap"]

@@ -7,13 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from fastkd import assemble, config
 from fastkd.engine import loop, state
 from fastkd.errors import ConfigError
 from fastkd.method import steps
 from fastkd.nn import instrument
 from tests import small
-from tests.methods.test_pre import do, walk
+from tests.methods.test_pre import do, recipe, walk
 
 
 def bits(method):
@@ -145,5 +144,6 @@ def test_bn_statistics_need_batchnorm():
 
 @pytest.mark.slow
 def test_the_digits_recipe_learns(tmp_path):
-    outcome = assemble.distil(config.resolve("mb-digits", {"seed": 0, "device": "cpu"}), tmp_path / "run")
-    assert outcome.code == 0 and outcome.summary["student"]["top1"] > 0.7
+    top1, first, last = recipe("mb", tmp_path / "run")
+    assert top1 > 0.65  # measured 0.800; noise reaches 0.446
+    assert last["generate.oh"] < 0.9 * first["generate.oh"] and last["learn.gap"] < 0.7 * first["learn.gap"]

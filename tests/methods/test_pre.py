@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -328,7 +329,18 @@ def test_a_dry_run_walks_every_step(method):
     assert {row["step"] for row in planned["steps"]} == {fn.__name__ for e in range(2) for _, fn, _, _ in steps(m, e)}
 
 
+def recipe(name, folder):
+    """Accuracy that a digits recipe reaches, and its terms in the first and in the last epoch."""
+    outcome = assemble.distil(config.resolve(f"{name}-digits", {"seed": 0, "device": "cpu"}), folder)
+    rows = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    epochs = [row["terms"] for row in rows if row["kind"] == "epoch"]
+    assert outcome.code == 0
+    return outcome.summary["student"]["top1"], epochs[0], epochs[-1]
+
+
 @pytest.mark.slow
 def test_the_digits_recipe_learns(tmp_path):
-    outcome = assemble.distil(config.resolve("pre-digits", {"seed": 0, "device": "cpu"}), tmp_path / "run")
-    assert outcome.code == 0 and outcome.summary["student"]["top1"] > 0.7
+    top1, first, last = recipe("pre", tmp_path / "run")
+    assert top1 > 0.58  # measured 0.706; noise reaches 0.446
+    assert last["generate.oh"] < 0.92 * first["generate.oh"] and last["learn.gap"] < 0.7 * first["learn.gap"]
+    assert last["vae.pixels"] < 0.8 * first["vae.pixels"] and last["vae.logits"] < 0.9 * first["vae.logits"]
