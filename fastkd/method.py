@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fastkd import models, optim, ranks
 from fastkd.log import Log
 from fastkd.memory import Rows
-from fastkd.nn import Student, Teacher, augment, evaluating, frozen
+from fastkd.nn import Student, Teacher, augment, evaluating, frozen, fuse_generator
 from fastkd.ops import replay_gather
 from fastkd.rng import Rng
 
@@ -202,8 +202,8 @@ class Method:
     # Making state ---------------------------------------------------------------------------------------------------
 
     def generator(self, name: str, nz: int, shape: tuple[int, int, int] | None = None, **kw: Any) -> Any:
-        """A generator of `models` on the run's device, for the given or the nominal image shape."""
-        return self.place(models.generator(name, nz, shape or self.shape, **kw))
+        """A generator of `models` on the run's device, for the given or the nominal image shape; layers joined (`fuse_generator`)."""
+        return self.place(fuse_generator(models.generator(name, nz, shape or self.shape, **kw)))
 
     def encoder(self, name: str, nz: int, **kw: Any) -> Any:
         """An encoder of `models` on the run's device."""
