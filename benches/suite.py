@@ -92,7 +92,8 @@ def run(request: Request, say: Callable[[str], None] = print) -> Result:
             say(line)
     held = [t for t in targets.of(plan.device.type) if t.bench in records]
     head, lines, found = verdicts.table(held, records)
-    for line in ("", "targets", "-------", *tables.aligned([head, *lines])):
+    title = "targets" + (": toy sizes, nothing here can be met or short in earnest" if plan.quick else "")
+    for line in ("", title, "-" * len(title), *tables.aligned([head, *lines])):
         say(line)
     behind = compare(older, records, say)
     broken = bool(plan.wrong) or any("error" in r or wrong_rows(r) for r in records.values()) or any(v.status == "wrong" for v in found)
