@@ -1,4 +1,7 @@
-"""A batch out of an image store: gather, crop, flip and normalise. The rows are the same 256 in every call."""
+"""Replay: a batch out of an image store (gather, crop, flip, normalise; the same 256 rows in every call), and prioritised draws.
+
+On a CPU with several threads the cases also run with one.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import Tensor
 from fastkd import ops
 from fastkd.ops.replay.reference import replay_gather_ref
 
-from . import peers
+from . import _png, bench_replay_tree, peers
 from ._case import Case, Plan, Provider, compiled, ours, provider
 from ._timing import measure_all
 
@@ -28,11 +31,25 @@ def run(plan: Plan) -> list[dict[str, Any]]:
 
 
 def cases(plan: Plan) -> Iterator[Case]:
-    for store in TINY if plan.quick else STORES:
-        yield case(plan, *store)
+    threads = torch.get_num_threads()
+    try:
+        for count in dict.fromkeys((threads,) if plan.cuda or plan.quick else (1, threads)):
+            torch.set_num_threads(count)
+            for last in (True, False) if count == threads else (True,):
+                for store in TINY if plan.quick else STORES:
+                    yield _labelled(case(plan, *store, last, files=last and count == threads), count)
+            for prioritised in bench_replay_tree.cases(plan):
+                yield _labelled(prioritised, count)
+    finally:
+        torch.set_num_threads(threads)
 
 
-def case(plan: Plan, n: int, size: int, batch: int) -> Case:
+def _labelled(made: Case, threads: int) -> Case:
+    made.labels["threads"] = str(threads)
+    return made
+
+
+def case(plan: Plan, n: int, size: int, batch: int, last: bool, *, files: bool) -> Case:
     draw = torch.Generator().manual_seed(6)
 
     def integers(high: int, *shape: int) -> Tensor:
@@ -42,7 +59,7 @@ def case(plan: Plan, n: int, size: int, batch: int) -> Case:
     index, dy, dx = (v.to(plan.device) for v in (integers(n, batch), integers(2 * PAD + 1, batch), integers(2 * PAD + 1, batch)))
     flip = integers(2, batch).bool().to(plan.device)
     mean, std = torch.tensor([0.49, 0.48, 0.44], device=plan.device), torch.tensor([0.25, 0.24, 0.26], device=plan.device)
-    args = (images, index, dy, dx, flip, PAD, mean, std, None, "bilinear", True, torch.float32)
+    args = (images, index, dy, dx, flip, PAD, mean, std, None, "bilinear", last, torch.float32)
     where = list(zip(index.tolist(), dy.tolist(), dx.tolist(), flip.tolist()))
 
     def slices() -> tuple[Tensor]:
@@ -55,14 +72,24 @@ def case(plan: Plan, n: int, size: int, batch: int) -> Case:
         return (((torch.stack(out) - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)),)
 
     def public() -> tuple[Tensor]:
-        return (ops.replay_gather(images, index, dy=dy, dx=dx, flip=flip, pad=PAD, mean=mean, std=std, dtype=torch.float32),)
+        memory = torch.channels_last if last else torch.contiguous_format
+        options = {"dy": dy, "dx": dx, "flip": flip, "pad": PAD, "mean": mean, "std": std}
+        return (ops.replay_gather(images, index, **options, memory_format=memory, dtype=torch.float32),)
 
     def of(fn: Any) -> Any:
         return lambda: (fn(*args),)
 
+    def pool(rebuilt: bool) -> Any:
+        return lambda: _png.pool(images, batch, PAD, mean, std, rebuilt=rebuilt)
+
+    published = [
+        provider("PNG files + DataLoader", "peer", pool(False), checked=False),
+        provider("PNG files + DataLoader, rebuilt", "peer", pool(True), checked=False),
+    ]
+    layout = "channels_last" if last else "NCHW"
     return Case(
         op=OP,
-        labels={"case": f"{n} images", "shape": f"{batch}x3x{size}x{size}", "layout": "channels_last", "dtype": "uint8 to float32"},
+        labels={"case": f"{n} images", "shape": f"{batch}x3x{size}x{size}", "layout": layout, "dtype": "uint8 to float32"},
         providers=[
             Provider("advanced indexing", "eager", of(replay_gather_ref)),
             Provider("slice loop", "eager", slices),
@@ -70,6 +97,7 @@ def case(plan: Plan, n: int, size: int, batch: int) -> Case:
             *ours(OP, plan, public, definition=False),
             provider("cpprb sample", "peer", lambda: peers.cpprb(images, batch, mean, std), checked=False),
             provider("torchrl sample", "peer", lambda: peers.torchrl(images, batch, mean, std), checked=False),
+            *(published if files and not plan.quick else []),
         ],
         truth=lambda: (replay_gather_ref(*args[:-1], torch.float64),),
         baseline="advanced indexing",

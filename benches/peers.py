@@ -83,5 +83,39 @@ def torchrl(images: Tensor, batch: int, mean: Tensor, std: Tensor) -> Call:
     return lambda: (_finish(buffer.sample(), mean, std),)
 
 
+def cpprb_prioritised(leaves: Tensor, batch: int) -> Call:
+    """cpprb's prioritised sampling with weights, and the same priorities written back."""
+    if leaves.is_cuda:
+        raise CannotRun("cpprb stores on the CPU")
+    library = needed("cpprb", "cpprb")
+    buffer = library.PrioritizedReplayBuffer(len(leaves), {"x": {}}, alpha=1.0)
+    buffer.add(x=leaves.numpy(), priorities=leaves.double().numpy())
+
+    def call() -> tuple[Tensor, ...]:
+        drawn = buffer.sample(batch, beta=0.4)
+        buffer.update_priorities(drawn["indexes"], drawn["x"].ravel())
+        return torch.from_numpy(drawn["indexes"]), torch.from_numpy(drawn["weights"])
+
+    return call
+
+
+def torchrl_prioritised(leaves: Tensor, batch: int) -> Call:
+    """torchrl's prioritised sampler with weights, and the same priorities written back."""
+    library = needed("torchrl.data", "torchrl")
+    samplers = needed("torchrl.data.replay_buffers.samplers", "torchrl")
+    storage = library.LazyTensorStorage(len(leaves), device=leaves.device)
+    sampler = samplers.PrioritizedSampler(len(leaves), alpha=1.0, beta=0.4)
+    buffer = library.ReplayBuffer(storage=storage, sampler=sampler, batch_size=batch)
+    rows = buffer.extend(leaves)
+    buffer.update_priority(rows, leaves)
+
+    def call() -> tuple[Tensor, ...]:
+        taken, info = buffer.sample(return_info=True)
+        buffer.update_priority(info["index"], taken)
+        return torch.as_tensor(info["index"]), torch.as_tensor(info.get("_weight", info.get("priority_weight")))
+
+    return call
+
+
 def _finish(taken: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return ((taken.to(torch.float32) / 255 - mean) / std).permute(0, 3, 1, 2)
