@@ -53,10 +53,6 @@ template <class T> struct Pass {
   }
 };
 
-template <class T, int kVec> struct alignas(sizeof(T) * kVec) Pack {
-  T v[kVec];
-};
-
 // kVec neighbours a thread: of one channel (NCHW, hw a multiple of kVec) or of as many channels (NHWC, c a multiple). I: 32-bit
 // indices where the tensor allows, because of the divisions.
 template <class T, class I, int kVec> __global__ void bn_act_kernel(const Pass<T> p) {

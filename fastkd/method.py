@@ -25,7 +25,6 @@ from fastkd import models, optim, ranks
 from fastkd.log import Log
 from fastkd.memory import Rows
 from fastkd.nn import Student, Teacher, augment, evaluating, frozen, fuse_generator
-from fastkd.ops import replay_gather
 from fastkd.rng import Rng
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -365,7 +364,7 @@ class Method:
             pad = 0 if kind == "none" else self.augmentation.pad
             dy, dx, flip = (self._shift(b, pad, f"{name}.y"), self._shift(b, pad, f"{name}.x"), self._flip(b, flips, f"{name}.flip"))
             if isinstance(images, Rows):
-                return replay_gather(images.store.images, images.index, dy=dy, dx=dx, flip=flip, pad=pad, mean=self.mean, std=self.std)
+                return images.gather(dy=dy, dx=dx, flip=flip, pad=pad, mean=self.mean, std=self.std)
             return augment.normalise(augment.crop_flip(images, dy, dx, flip, pad) if pad or flips else images, self.mean, self.std)
         x = images.store.read(images.index) if isinstance(images, Rows) else images
         x = self._resized(x, scale, name) if kind == "resized_crop" else self._rolled(x, name)
