@@ -18,6 +18,7 @@ from fastkd.rng import Rng
 FIELDS: dict[str, Any] = {
     **{"epochs": 3, "warmup": 1, "batch": 12, "kd_batch": 8, "kd_steps": 3, "g_steps": 2, "g_loops": 1, "gwp_loops": 2, "g_life": 2},
     **{"hidden": 16, "nz": 8, "loops": 1, "n_images": 24, "reset_l0_at": 2, "lr": 0.05, "lr_g": 1e-3},
+    **{"init_images": 24},
 }
 """Values for whichever of these fields a method has."""
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -31,6 +32,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("nayer", {"batch": 2}),
     ("fast", {"meta": "reptile", "reptile": 1.0, "generator_name": "g_deep", "meta_latent": True, "redraw_every": 2, "loops": 2}),
     ("fast", {"meta": "none", "pool_select": "last"}),
+    ("fast", {"rounds": 3, "loops": 2}),
     ("noise", {"kind": "uniform"}),
 ]
 """Every method, and the switches that change its steps."""

@@ -158,6 +158,8 @@ def make_job(config: RunConfig, *, fake: bool = False) -> Job:
     notes += [f"student: {n}" for n in said]
     frozen = instrument(placed(copy.deepcopy(teacher.net), device, channels_last=config.channels_last), shape=teacher.shape)
     check_needs(method, name, frozen, test is not None)
+    if test is not None and frozen(torch.zeros(1, *teacher.shape, device=device)).logits.dim() > 2:
+        raise ConfigError(f"the teacher answers per pixel, '{config.data}' has one label an image; expected --data none for segmentation.")
     given = Given(
         teacher=frozen,
         student=Student(placed(net, device, channels_last=config.channels_last), shape=teacher.shape),
