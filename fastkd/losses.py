@@ -6,6 +6,9 @@ couples samples or stands before a clamp, hinge, log or norm goes through `ranks
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -97,3 +100,113 @@ def adv_embedding(distance: Tensor, mask: Tensor | None, cap: float | None) -> T
     """
     m = distance if cap is None else distance.clamp(max=cap)
     return -(m if mask is None else mask * m).mean()
+
+
+def _steps(x: Tensor) -> tuple[Tensor, ...]:
+    """Differences of neighbouring pixels along the horizontal, the vertical and both diagonals."""
+    x = _wide(x)
+    right, down = x[..., :, 1:] - x[..., :, :-1], x[..., 1:, :] - x[..., :-1, :]
+    return right, down, x[..., 1:, 1:] - x[..., :-1, :-1], x[..., 1:, :-1] - x[..., :-1, 1:]
+
+
+def _batch_norm(x: Tensor) -> Tensor:
+    """Frobenius norm of a tensor whose rows are spread over the ranks; where it is 0 its gradient is 0."""
+    squares = ranks.total(x.square().sum())
+    return torch.where(squares > 0, squares, 1.0).sqrt() * (squares > 0)
+
+
+def tv1(x: Tensor) -> Tensor:
+    """Total variation Σ_k mean |d_k| over the four directions d_k of neighbours (DeepInversion's TV-l1, Yin et al. 2020).
+
+    Args:
+      x: images [B, C, H, W], H and W at least 2.
+    """
+    return torch.stack([d.abs().mean() for d in _steps(x)]).sum()
+
+
+def tv2(x: Tensor) -> Tensor:
+    """Total variation Σ_k ‖d_k‖ over the four directions, each the Frobenius norm over the whole batch (DeepInversion's TV-l2).
+
+    Args:
+      x: images [B, C, H, W]. A constant image has value 0 and gradient 0.
+    """
+    return torch.stack([_batch_norm(d) for d in _steps(x)]).sum()
+
+
+def l2_batch(x: Tensor) -> Tensor:
+    """Frobenius norm of the whole batch, not squared (DeepInversion on CIFAR)."""
+    return _batch_norm(_wide(x))
+
+
+def l2_image(x: Tensor) -> Tensor:
+    """Mean over images of the norm of each, [B, …], not squared (DeepInversion on ImageNet)."""
+    return torch.linalg.vector_norm(_wide(x).flatten(1), dim=1).mean()
+
+
+def jsd(teacher: Tensor, student: Tensor, tau: float = 3.0, form: Literal["coded", "textbook"] = "coded") -> Tensor:
+    """Jensen-Shannon divergence of softmax(logits / tau), mean over the batch of the sum over classes (DeepInversion, Yin et al. 2020).
+
+    coded:    ½ KL(M ‖ P) + ½ KL(M ‖ Q) with M = (P + Q) / 2, then P, Q and M clamped to [.01, .99], as the released code has it: the
+              reverse of the textbook's, without a gradient to classes below 1 %.
+    textbook: ½ KL(P ‖ M) + ½ KL(Q ‖ M), nothing clamped; at most ln 2.
+
+    Args:
+      teacher, student: logits [B, C].
+    Returns:
+      [] of this rank's rows; symmetric in its arguments, gradient to both.
+    """
+    log_p, log_q = F.log_softmax(_wide(teacher) / tau, 1), F.log_softmax(_wide(student) / tau, 1)
+    if form == "textbook":
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        return 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(1).mean()
+    p, q = log_p.exp(), log_q.exp()
+    m = ((p + q) / 2).clamp(0.01, 0.99)
+    return 0.5 * (m * (2 * m.log() - p.clamp(0.01, 0.99).log() - q.clamp(0.01, 0.99).log())).sum(1).mean()
+
+
+def adv_compete(teacher: Tensor, student: Tensor, tau: float = 3.0, form: Literal["coded", "textbook"] = "coded") -> Tensor:
+    """1 - clip(J, 0, 1), J the `jsd` of the global batch: low where the networks disagree (Adaptive DeepInversion's R_compete)."""
+    return 1 - ranks.mean(jsd(teacher, student, tau, form)).clamp(0, 1)
+
+
+def contrast(local: Tensor, view: Tensor, old_local: Tensor, old_view: Tensor, stored: Tensor, temperature: float) -> Tensor:
+    """Instance discrimination of a batch among itself and stored rows: each image's local row must find its global one (CMI, L_cr).
+
+    A = [local; old_local] · stopgrad([view; old_view])ᵀ / temperature, cross-entropy of each row with its own column as target; the
+    mean over the batch plus the mean over the stored rows, so that many of these do not dilute the batch's gradient.
+
+    Args:
+      local, view: [b, d] rows of unit length of this rank's images; columns are those of the global batch.
+      old_local, old_view: [n, d] stored rows, the same on all ranks.
+      stored: bool [n], False for places that are not filled yet: they are neither rows nor columns.
+    """
+    local, old_local = _wide(local), _wide(old_local)
+    now = ranks.gather(_wide(view).detach())
+    columns = torch.cat([now, _wide(old_view).detach()])
+    closed = torch.cat([torch.zeros(len(now), dtype=torch.bool, device=stored.device), ~stored])
+
+    def among(rows: Tensor, own: Tensor) -> Tensor:
+        with torch.autocast(rows.device.type, enabled=False):
+            a = rows @ columns.T / temperature
+        return F.cross_entropy(a.masked_fill(closed, -torch.inf), own, reduction="none")
+
+    mine = ranks.rows(len(now))
+    batch = among(local, torch.arange(mine.start, mine.stop, mine.step, device=local.device)).mean()
+    old = among(old_local, len(now) + torch.arange(len(stored), device=local.device))
+    return batch + torch.where(stored, old, 0.0).sum() / stored.sum().clamp_min(1)
+
+
+def attention(features: Tensor) -> Tensor:
+    """Attention vector of a map: the channel mean of squared activations, flattened and of unit length (Zagoruyko & Komodakis 2017).
+
+    Args:
+      features: [B, K, h, w].
+    Returns:
+      [B, h·w] ≥ 0, at least fp32; zeros where the map is zero.
+    """
+    return F.normalize(_wide(features).square().mean(1).flatten(1), dim=1)
+
+
+def at(teacher: Tensor, student: Tensor) -> Tensor:
+    """Attention transfer as ZSKT's code has it: mean over batch and space of the squared difference of two attentions [B, n]."""
+    return (student - teacher).square().mean()
