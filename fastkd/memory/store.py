@@ -84,16 +84,27 @@ class Store:
         Raises:
           ValueError: the store is full and no ring, or a column is missing.
         """
+        self.put(ranks.gather(self._encode(x)), **{k: ranks.gather(v) for k, v in columns.items()})
+
+    def put(self, images: Tensor, **columns: Tensor) -> None:
+        """Append rows that every rank holds.
+
+        Args:
+          images: [n, H, W, C], uint8 or of the store's dtype; uint8 images come into a floating store as [0, 1].
+          columns: one [n] tensor for each of the store's columns.
+        Raises:
+          ValueError: as `add`.
+        """
         if columns.keys() != self.columns.keys():
             raise ValueError(f"the store has the columns {sorted(self.columns)}, got {sorted(columns)}")
-        x = self._encode(x)
-        values = {k: ranks.gather(v) for k, v in columns.items()}
-        x, n = ranks.gather(x), x.shape[0] * ranks.world()
+        n = images.shape[0]
         if not self.ring and self.written + n > self.capacity:
             raise ValueError(f"the store holds {self.capacity} images; {self.written} are written and {n} more do not fit")
-        at = (torch.arange(n, device=x.device) + self.written) % self.capacity
-        self.images[at] = x
-        for k, v in values.items():
+        if images.dtype == torch.uint8 and self.images.dtype != torch.uint8:
+            images = images.to(self.images.dtype) / 255
+        at = (torch.arange(n, device=images.device) + self.written) % self.capacity
+        self.images[at] = images
+        for k, v in columns.items():
             self.columns[k][at] = v.to(self.columns[k].dtype)
         self.written += n
         self.fill = min(self.written, self.capacity)
