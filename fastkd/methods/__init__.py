@@ -11,6 +11,9 @@ METHODS = {
     "muse": "fastkd.methods.muse:Muse",
     "nayer": "fastkd.methods.nayer:Nayer",
     "fast": "fastkd.methods.fast:Fast",
+    "cmi": "fastkd.methods.cmi:Cmi",
+    "deepinversion": "fastkd.methods.deepinversion:DeepInversion",
+    "vanilla_kd": "fastkd.methods.vanilla_kd:VanillaKd",
     "noise": "fastkd.methods.noise:Noise",
 }
 
