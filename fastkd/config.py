@@ -82,6 +82,10 @@ class RunConfig(Section):
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
     data: str | None = Field(None, description="evaluation data: NAME, NAME:DIR, DIR or none")
+    real: str | None = Field(
+        None,
+        description="images for vanilla_kd (and cmi.preinverted): NAME, NAME:DIR or DIR, labelled or not; none: training split of data",
+    )
     embeddings: EmbeddingConfig = EmbeddingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     ranks: RanksConfig = RanksConfig()

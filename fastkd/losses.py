@@ -185,6 +185,47 @@ def l1(x: Tensor, y: Tensor) -> Tensor:
     return (_wide(x) - _wide(y)).abs().mean()
 
 
+def _steps(x: Tensor) -> tuple[Tensor, ...]:
+    """Differences of neighbouring pixels along the horizontal, the vertical and both diagonals."""
+    x = _wide(x)
+    right, down = x[..., :, 1:] - x[..., :, :-1], x[..., 1:, :] - x[..., :-1, :]
+    return right, down, x[..., 1:, 1:] - x[..., :-1, :-1], x[..., 1:, :-1] - x[..., :-1, 1:]
+
+
+def _batch_norm(x: Tensor) -> Tensor:
+    """Frobenius norm of a tensor whose rows are spread over the ranks; where it is 0 its gradient is 0."""
+    squares = ranks.total(x.square().sum())
+    return torch.where(squares > 0, squares, 1.0).sqrt() * (squares > 0)
+
+
+def tv1(x: Tensor) -> Tensor:
+    """Total variation Σ_k mean |d_k| over the four directions d_k of neighbours (DeepInversion's TV-l1, Yin et al. 2020).
+
+    Args:
+      x: images [B, C, H, W], H and W at least 2.
+    """
+    return torch.stack([d.abs().mean() for d in _steps(x)]).sum()
+
+
+def tv2(x: Tensor) -> Tensor:
+    """Total variation Σ_k ‖d_k‖ over the four directions, each the Frobenius norm over the whole batch (DeepInversion's TV-l2).
+
+    Args:
+      x: images [B, C, H, W]. A constant image has value 0 and gradient 0.
+    """
+    return torch.stack([_batch_norm(d) for d in _steps(x)]).sum()
+
+
+def l2_batch(x: Tensor) -> Tensor:
+    """Frobenius norm of the whole batch, not squared (DeepInversion on CIFAR)."""
+    return _batch_norm(_wide(x))
+
+
+def l2_image(x: Tensor) -> Tensor:
+    """Mean over images of the norm of each, [B, …], not squared (DeepInversion on ImageNet)."""
+    return torch.linalg.vector_norm(_wide(x).flatten(1), dim=1).mean()
+
+
 def jsd(teacher: Tensor, student: Tensor, tau: float = 3.0, form: Literal["coded", "textbook"] = "coded") -> Tensor:
     """Jensen-Shannon divergence of softmax(logits / tau), mean over the batch of the sum over classes (DeepInversion, Yin et al. 2020).
 
@@ -230,3 +271,35 @@ def kl_normal(mean: Tensor, logvar: Tensor) -> Tensor:
     """mean_b -½ Σ_d (1 + logvar - mean² - exp(logvar)): KL(N(mean, exp logvar) ‖ N(0, 1)) of a variational encoder's [B, d]."""
     mean, logvar = _wide(mean), _wide(logvar)
     return -0.5 * (1 + logvar - mean.square() - logvar.exp()).sum(1).mean()
+
+
+def adv_compete(teacher: Tensor, student: Tensor, tau: float = 3.0, form: Literal["coded", "textbook"] = "coded") -> Tensor:
+    """1 - clip(J, 0, 1), J the `jsd` of the global batch: low where the networks disagree (Adaptive DeepInversion's R_compete)."""
+    return 1 - ranks.mean(jsd(teacher, student, tau, form)).clamp(0, 1)
+
+
+def contrast(local: Tensor, view: Tensor, old_local: Tensor, old_view: Tensor, stored: Tensor, temperature: float) -> Tensor:
+    """Instance discrimination of a batch among itself and stored rows: each image's local row must find its global one (CMI, L_cr).
+
+    A = [local; old_local] · stopgrad([view; old_view])ᵀ / temperature, cross-entropy of each row with its own column as target; the
+    mean over the batch plus the mean over the stored rows, so that many of these do not dilute the batch's gradient.
+
+    Args:
+      local, view: [b, d] rows of unit length of this rank's images; columns are those of the global batch.
+      old_local, old_view: [n, d] stored rows, the same on all ranks.
+      stored: bool [n], False for places that are not filled yet: they are neither rows nor columns.
+    """
+    local, old_local = _wide(local), _wide(old_local)
+    now = ranks.gather(_wide(view).detach())
+    columns = torch.cat([now, _wide(old_view).detach()])
+    closed = torch.cat([torch.zeros(len(now), dtype=torch.bool, device=stored.device), ~stored])
+
+    def among(rows: Tensor, own: Tensor) -> Tensor:
+        with torch.autocast(rows.device.type, enabled=False):
+            a = rows @ columns.T / temperature
+        return F.cross_entropy(a.masked_fill(closed, -torch.inf), own, reduction="none")
+
+    mine = ranks.rows(len(now))
+    batch = among(local, torch.arange(mine.start, mine.stop, mine.step, device=local.device)).mean()
+    old = among(old_local, len(now) + torch.arange(len(stored), device=local.device))
+    return batch + torch.where(stored, old, 0.0).sum() / stored.sum().clamp_min(1)

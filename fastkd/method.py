@@ -178,6 +178,18 @@ class Method:
         """
         raise NotImplementedError
 
+    def uses_real(self) -> bool:
+        """Whether real images are opened for it; what it cannot do without is in `needs`, or `check` refuses."""
+        return "data" in self.needs
+
+    def choose_real(self, found: Any, classes: int) -> Any:
+        """What of the opened real images (an `ImageSet`) becomes `real`; called before `bind`, and may refuse them (`ConfigError`).
+
+        Args:
+          classes: number of classes of the teacher.
+        """
+        return found
+
     def trains_student(self, e: int) -> bool:
         """Whether the student is trained in epoch `e`; epochs where it is not are left out of means over epochs."""
         return True

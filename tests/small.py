@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastkd import methods, models
+from fastkd.data import ImageSet
 from fastkd.engine import loop
 from fastkd.engine.events import Events
 from fastkd.log import Log
@@ -20,6 +21,7 @@ FIELDS: dict[str, Any] = {
     **{"iterations": 2, "s_steps": 2, "milestones": (1,)},
     **{"hidden": 16, "nz": 8, "loops": 1, "n_images": 24, "reset_l0_at": 2, "lr": 0.05, "lr_g": 1e-3},
     **{"vae_steps": 1, "replay_batch": 4, "bank_batch": 4, "bank_slots": 2, "push_period": 1, "lr_inner": 0.1},
+    **{"init_images": 24, "bank_rows": 30, "bank_draw": 20, "head_width": 6, "adi_period": 1},
 }
 """Values for whichever of these fields a method has."""
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -43,6 +45,19 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("zskt", {"s_batch": "before_g", "beta": 0.0, "student_mode_in_g": "eval", "grad_clip": 0.0}),
     ("mad", {"conditional": True, "norm": 0.1, "mix": "full", "ema_buffers": "copy", "s_batch": "fresh"}),
     ("mad", {"z_shared": True, "ema_update": 2, "g_steps": 2, "beta": 10.0}),
+    ("fast", {"rounds": 3, "epochs": 2, "g_steps": 1}),
+    ("cmi", {"feature_tap": "stage_inputs", "bank_dtype": "fp32", "rounds": 3, "preinverted": "real"}),
+    ("cmi", {"cr": 0.0, "adv": 0.0, "pool_select": "last"}),
+    ("deepinversion", {"tv1": 1e-3, "l2": 1e-3, "pool_select": "best", "clip": False}),
+    (
+        "deepinversion",
+        {
+            **{"variant": "official", "half_steps": 1, "lr_schedule": "cosine", "lr_warmup": 1, "labels": "balanced", "flip": True},
+            **{"first_bn": 10.0, "bn_student_sub": 1e-3, "tv2": 1e-4, "l2": 1e-5, "l2_norm": "image", "jsd": "textbook"},
+        },
+    ),
+    ("vanilla_kd", {"alpha": 0.5, "beta": 0.1, "attention": 10.0, "budget": "released"}),
+    ("vanilla_kd", {"cache_logits": True, "kd_aug": "none"}),
     ("noise", {"kind": "uniform"}),
     ("pre", {"leak_latent_grad": False, "feat_recon": True, "replay_dtype": "bf16", "jsd": "textbook"}),
     ("pre", {"latent_sharing": True, "student_mode_in_g": "eval", "generator_name": "g_dafl"}),
@@ -91,7 +106,14 @@ def given(seed: int = 0, *, classes: int = 4, size: int = 16, channels: int = 1)
         device=torch.device("cpu"),
         embeddings=embeddings,
         augmentation=Augment(True, 2),
+        real=real(classes, size, channels),
     )
+
+
+def real(classes: int = 4, size: int = 16, channels: int = 1, n: int = 28) -> ImageSet:
+    """Random images with labels 0 … classes - 1 over and over."""
+    images = torch.randint(256, (n, size, size, channels), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    return ImageSet("random", "train", images, torch.arange(n) % classes)
 
 
 def prepared(name: str, over: dict[str, Any] | None = None, seed: int = 0, **kw: Any) -> Method:

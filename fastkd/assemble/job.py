@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastkd import data, methods, ops
 from fastkd.assemble.networks import Network, entry_of, load_network, make_student, metadata, network_facts, placed
+from fastkd.assemble.real import real_images
 from fastkd.config import CheckpointConfig, RunConfig
 from fastkd.data import embeddings
 from fastkd.errors import ConfigError, InputError, PlaceError, nearest
@@ -107,10 +108,10 @@ def make_method(table: dict[str, Any]) -> Method:
     return method
 
 
-def check_needs(method: Method, name: str, teacher: Teacher, has_data: bool) -> None:
+def check_needs(method: Method, name: str, teacher: Teacher, has_real: bool) -> None:
     """Refuse, before the first step, what the method needs and is not there; name the methods that work without."""
-    missing = {"bn": teacher.split == (0,), "data": not has_data}
-    words = {"bn": "a teacher with BatchNorm, and this one has none", "data": "real images, and none are given (--data)"}
+    missing = {"bn": teacher.split == (0,), "data": not has_real}
+    words = {"bn": "a teacher with BatchNorm, and this one has none", "data": "real images, and none are given (--data, or --set real=DIR)"}
     for need, absent in missing.items():
         if need in method.needs and absent:
             without = [n for n in methods.names() if need not in methods.method_class(n).needs]
@@ -157,7 +158,11 @@ def make_job(config: RunConfig, *, fake: bool = False) -> Job:
     net, spec, said = make_student(config, teacher)
     notes += [f"student: {n}" for n in said]
     frozen = instrument(placed(copy.deepcopy(teacher.net), device, channels_last=config.channels_last), shape=teacher.shape)
-    check_needs(method, name, frozen, test is not None)
+    real = real_images(config, method, name, teacher, test)
+    check_needs(method, name, frozen, real is not None)
+    if test is not None and frozen(torch.zeros(1, *teacher.shape, device=device)).logits.dim() > 2:
+        raise ConfigError(f"the teacher answers per pixel, '{config.data}' has one label an image; expected --data none for segmentation.")
+    notes += [] if real is None else [f"real images: {n}" for n in real.notes]
     given = Given(
         teacher=frozen,
         student=Student(placed(net, device, channels_last=config.channels_last), shape=teacher.shape),
@@ -169,6 +174,7 @@ def make_job(config: RunConfig, *, fake: bool = False) -> Job:
         rng=Rng(device),
         log=Log(device),
         device=device,
+        real=None if real is None else real.to(device),
         augmentation=augmentation(test, teacher),
     )
     names = teacher.class_names or (test.class_names if test is not None else None)

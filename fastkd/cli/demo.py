@@ -104,6 +104,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 def compare(rows: list[dict[str, Any]], out: Path) -> None:
     """The table of all runs; accuracies are those of the last epoch."""
     from fastkd.cli import summary
+    from fastkd.methods import method_class
 
     teacher, student = rows[0].get("teacher") or {}, rows[0].get("student") or {}
     lines = [("teacher", f"{teacher.get('spec')}", f"{teacher.get('parameters', 0):,}", percent(teacher.get("top1")), "", "", "")]
@@ -113,5 +114,6 @@ def compare(rows: list[dict[str, Any]], out: Path) -> None:
         made, wall = f"{row.get('images') or 0:,.0f}", duration(row.get("wall"))
         lines.append((row["run"], f"{net.get('spec')}", f"{net.get('parameters', 0):,}", *scores, made, wall))
     summary.print_table(("run", "network", ">parameters", ">top-1, last", ">mean of last 10", ">images", ">time"), lines)
-    summary.print_facts([("student", f"{student.get('spec')}, trained without one real image; the test data are looked at to measure only"),
+    trained = "on real training images" if "data" in method_class(str(rows[0].get("method"))).needs else "without one real image"
+    summary.print_facts([("student", f"{student.get('spec')}, trained {trained}; the test data are looked at to measure only"),
                          ("folder", str(out)), ("next", f"fastkd eval {out / str(rows[0]['run'])}")])  # fmt: skip

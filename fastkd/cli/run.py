@@ -59,7 +59,7 @@ STOPPED = 75
 @click.option("--teacher-weights", metavar="FILE", help="safetensors, or .pt that loads with weights_only.")
 @click.option("--student", metavar="SPEC", shell_complete=model_names, help="The network to train; as --teacher, or ckpt:RUN_DIR.")
 @click.option("--student-weights", metavar="FILE", help="Weights that the student starts from.")
-@click.option("--data", metavar="SPEC", help="Evaluation data: NAME, NAME:DIR, DIR or none. Never trained on.")
+@click.option("--data", metavar="SPEC", help="Evaluation data: NAME, NAME:DIR, DIR or none. Only vanilla_kd learns from its train split.")
 @click.option("--set", "sets", metavar="KEY=VALUE", multiple=True, help="Any configuration key, such as method.epochs=20. May be repeated.")
 @click.option("--seed", type=int, metavar="N", help="Root of all draws. Default: 0.")
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N. Default: auto.")

@@ -16,7 +16,7 @@ from fastkd.errors import ConfigError, InputError, nearest, unknown
 if TYPE_CHECKING:
     from fastkd.data.image_set import ImageSet
 
-__all__ = ["DATASETS", "SPLITS", "DatasetEntry", "ImageSet", "check_spec", "open_set"]
+__all__ = ["DATASETS", "SPLITS", "DatasetEntry", "ImageSet", "check_spec", "open_images", "open_set"]
 
 SPLITS = ("train", "test")
 Progress = Callable[[int, int], None]
@@ -136,6 +136,26 @@ def open_set(
         return read_folder(path, split, size=size, channels=channels or 3, progress=progress)
     module, _, function = DATASETS[name].reader.partition(":")
     return convert(getattr(importlib.import_module(module), function)(path, split, progress), size, channels)
+
+
+def open_images(
+    spec: str, *, size: int | None = None, channels: int | None = None, progress: Progress | None = None
+) -> ImageSet | None:
+    """Images to learn from: the training split that `open_set` gives, or all pictures of a folder that has no class sub-folders.
+
+    Returns:
+      As `open_set`; labels are -1 where the pictures have none.
+    Raises:
+      As `open_set`.
+    """
+    name, path = _split(spec)
+    if name is None:
+        from fastkd.data.folder import has_classes, read_pictures
+
+        assert path is not None
+        if not has_classes(path):
+            return read_pictures(path, size=size, channels=channels or 3, progress=progress)
+    return open_set(spec, "train", size=size, channels=channels, progress=progress)
 
 
 def __getattr__(name: str) -> object:

@@ -22,6 +22,7 @@ _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip", ".7z", ".
 _TEST_NAMES = ("test", "val", "valid", "validation")
 _DEFAULT_SIZE = 224
 _DEEPEST = 8
+Progress = Callable[[int, int], None]
 
 
 @dataclass
@@ -137,7 +138,7 @@ def decode_all(
     size: int,
     channels: int,
     title: str,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Decode pictures into one tensor, on several threads, in order.
 
@@ -187,7 +188,7 @@ def decode_all(
 
 
 def read_folder(
-    folder: Path, split: str, *, size: int | None = None, channels: int = 3, progress: Callable[[int, int], None] | None = None
+    folder: Path, split: str, *, size: int | None = None, channels: int = 3, progress: Progress | None = None
 ) -> ImageSet:
     """An image folder, decoded once through the evaluation transform (`decode.eval_transform`).
 
@@ -225,6 +226,44 @@ def read_folder(
     if 2 * len(with_images) < len(classes):
         bare = ", ".join(name for label, name in enumerate(listing.names[:20]) if label not in with_images)
         raise InputError(f"'{printable(str(place))}': most sub-folders have no images ({bare}); expected one sub-folder a class")
+    return _image_set(folder, place, split, listing, notes, size, channels, progress)
+
+
+def has_classes(folder: Path) -> bool:
+    """Whether the training images of a folder stand in class sub-folders; False for a folder of pictures alone."""
+    place = _pick_split(folder, "train")[0] if _is_dir(folder) else folder
+    if not _is_dir(place):
+        return True  # the reader of class folders says what is wrong
+    return len(_sub_folders(place)) > 1 and not any(p.suffix.lower() in _ENDINGS for p in place.iterdir() if not _hidden(p.name))
+
+
+def read_pictures(folder: Path, *, size: int | None = None, channels: int = 3, progress: Progress | None = None) -> ImageSet:
+    """All pictures in a folder and below it, without labels (-1); decoded as by `read_folder`.
+
+    Raises:
+      InputError: no pictures, or as `read_folder`.
+    """
+    check_wish(size, channels)
+    listing = _Listing()
+    try:
+        place, notes = _pick_split(folder, "train")
+        for path in _walk(place, ()):
+            if path.suffix.lower() in _ENDINGS:
+                listing.files.append((path, -1))
+            else:
+                listing.others.append(str(path.relative_to(place)))
+    except OSError as error:
+        raise InputError(f"'{printable(str(folder))}' cannot be read: {error.strerror or type(error).__name__}") from None
+    if not listing.files:
+        raise InputError(f"'{printable(str(place))}' has no pictures ({', '.join(sorted(_ENDINGS))}){_hint(place)}")
+    return _image_set(folder, place, "train", listing, [*notes, "the pictures have no labels"], size, channels, progress)
+
+
+def _image_set(
+    folder: Path, place: Path, split: str, listing: _Listing, notes: list[str], size: int | None, channels: int, progress: Progress | None
+) -> ImageSet:
+    """Decode what is listed."""
+    shown = printable(str(folder))
     if listing.others:
         first = ", ".join(map(printable, listing.others[:5])) + (", …" if len(listing.others) > 5 else "")
         notes.append(f"{len(listing.others)} files without an image's ending were skipped: {first}")
@@ -236,7 +275,8 @@ def read_folder(
     images, kept, more = decode_all([str(p.relative_to(place)) for p in files], files.__getitem__, size, channels, shown, progress)
     labels = torch.tensor([label for _, label in listing.files], dtype=torch.int64)[kept]
     notes += more
-    empty = [name for name, n in zip(listing.names, torch.bincount(labels, minlength=len(classes)).tolist(), strict=True) if n == 0]
+    counts = torch.bincount(labels.clamp_min(0), minlength=len(listing.names)).tolist()
+    empty = [name for name, n in zip(listing.names, counts) if n == 0]
     if empty:
         notes.append(f"{len(empty)} classes have no images: {', '.join(empty[:10])}{', …' if len(empty) > 10 else ''}")
     side = "256/224 of it" if size >= 64 else "it"
@@ -246,7 +286,7 @@ def read_folder(
         split=split,
         images=images,
         labels=labels,
-        class_names=listing.names,
+        class_names=listing.names or None,
         flip=True,
         pad=max(1, size // 8),
         attribution="",

@@ -25,7 +25,7 @@ class ImageSet:
       name: what the set is called.
       split: "train" or "test".
       images: uint8 [N, H, W, C], C is 1 or 3.
-      labels: int64 [N], 0 … classes - 1.
+      labels: int64 [N], 0 … classes - 1; -1 where pictures have no labels (`data.open_images`).
       class_names: one a class in label order, or None.
       mean, std: the set's constants, one value a channel for images in [0, 1], or None where the field has none.
       flip: may an image be mirrored and keep its label?
@@ -94,12 +94,29 @@ class ImageSet:
         take = share // len(self)
         order = torch.argsort(share % len(self), descending=True, stable=True)
         take[order[: n - int(take.sum())]] += 1
-        generator = torch.Generator().manual_seed(seed)
-        shuffled = torch.randperm(len(self), generator=generator)
+        return self._drawn(take, seed)
+
+    def per_class(self, n: int, seed: int = 0) -> ImageSet:
+        """`n` images of every class, in the set's order; the same ones for the same seed, and a larger `n` holds the smaller ones' images.
+
+        Raises:
+          ConfigError: a class has fewer images.
+        """
+        counts = torch.bincount(self.labels.cpu(), minlength=self.classes)
+        fewest = int(counts.min())
+        if not 1 <= n <= fewest:
+            raise ConfigError(f"'{self.name}' has {fewest} images of its smallest class; expected a number from 1 to that, not {n}")
+        return self._drawn(torch.full_like(counts, n), seed)
+
+    def _drawn(self, take: Tensor, seed: int) -> ImageSet:
+        """The first `take` [classes] images of each class in an order drawn by `seed`."""
+        labels = self.labels.cpu()
+        counts = torch.bincount(labels, minlength=self.classes)
+        shuffled = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         by_class = shuffled[torch.argsort(labels[shuffled], stable=True)]  # classes one after another, each shuffled
         place = torch.arange(len(self)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
         chosen = by_class[place < torch.repeat_interleave(take, counts)].sort().values.to(self.images.device)
-        notes = [*self.notes, f"{n} of {len(self)} images, drawn by class with seed {seed}"]
+        notes = [*self.notes, f"{len(chosen)} of {len(self)} images, drawn by class with seed {seed}"]
         return dataclasses.replace(self, images=self.images[chosen], labels=self.labels[chosen], notes=notes)
 
 

@@ -62,7 +62,8 @@ def without_data(method: Method, n: int = 512) -> dict[str, float]:
     teacher = method.teacher(x).logits
     with method.evaluating(method.student):
         student = method.student(x)
-    share = torch.bincount(teacher.argmax(1), minlength=method.classes).to(teacher.dtype) / len(x)
+    named = teacher.argmax(1).flatten()  # of images, or of the pixels of dense predictions
+    share = torch.bincount(named, minlength=method.classes).to(teacher.dtype) / len(named)
     entropy = -(share * share.clamp_min(1e-12).log()).sum() / torch.log(torch.tensor(float(method.classes)))
     same = (teacher.argmax(1) == student.argmax(1)).to(teacher.dtype).mean()
     confidence = F.softmax(teacher, 1).amax(1).mean()

@@ -102,16 +102,28 @@ class Store:
         Raises:
           ValueError: the store is full and no ring, or a column is missing.
         """
+        return self.put(ranks.gather(self._encode(x)), **{k: ranks.gather(v) for k, v in columns.items()})
+
+    def put(self, images: Tensor, **columns: Tensor) -> Tensor:
+        """Append rows that every rank holds.
+
+        Args:
+          images: [n, H, W, C], uint8 or of the store's dtype; uint8 images come into a floating store as [0, 1].
+          columns: one [n] tensor for each of the store's columns.
+        Returns:
+          [n] int64, the rows that they took.
+        Raises:
+          ValueError: as `add`.
+        """
         if columns.keys() != self.columns.keys():
             raise ValueError(f"the store has the columns {sorted(self.columns)}, got {sorted(columns)}")
-        x = self._encode(x)
-        values = {k: ranks.gather(v) for k, v in columns.items()}
-        x, n = ranks.gather(x), x.shape[0] * ranks.world()
-        at = self._slots(n)
-        self.images[at.to(self.images.device)] = x.to(self.images.device)
-        for k, v in values.items():
+        if images.dtype == torch.uint8 and self.images.dtype != torch.uint8:
+            images = images.to(self.images.dtype) / 255
+        at = self._slots(images.shape[0])
+        self.images[at.to(self.images.device)] = images.to(self.images.device)
+        for k, v in columns.items():
             self.columns[k][at] = v.to(self.columns[k].dtype)
-        self.written += n
+        self.written += len(at)
         self.fill = min(self.written, self.capacity)
         return at
 

@@ -19,6 +19,9 @@ METHODS = {
     "pre": "fastkd.methods.pre:Pre",
     "mb": "fastkd.methods.mb:Mb",
     "lra": "fastkd.methods.lra:host",
+    "cmi": "fastkd.methods.cmi:Cmi",
+    "deepinversion": "fastkd.methods.deepinversion:DeepInversion",
+    "vanilla_kd": "fastkd.methods.vanilla_kd:VanillaKd",
     "noise": "fastkd.methods.noise:Noise",
 }
 

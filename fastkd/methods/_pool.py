@@ -14,7 +14,6 @@ from fastkd.memory.store import Quant
 from fastkd.method import Share, Weight
 from fastkd.methods._student import StudentPhase
 from fastkd.nn import BnEma, Trace
-from fastkd.ops import bn_match_loss
 
 
 class Call:
@@ -66,16 +65,20 @@ class PoolMethod(StudentPhase):
         """L_G of a batch as the networks see it; `adversary`: the student takes part."""
         t = self.teacher(x, *self.asks())
         terms = {
-            "bn": self.bn * bn_match_loss(call.ema.mix(t.bn), self.teacher.target, self.teacher.split),
-            "oh": self.oh * losses.cross_entropy(t.logits, call.y),
+            "bn": self.bn * call.ema.loss(t.bn, self.teacher.target, self.teacher.split),
+            "oh": self.oh * losses.cross_entropy(t.logits, self.wanted(t, call)),
         }
         s = None
         if adversary:
             with self.evaluating(self.student):
                 s = self.student.trace(x)
             terms["adv"] = self.adv * losses.adv_masked_kl(t.logits, s.logits)
-        self.tell(agree=(t.logits.argmax(1) == call.y).to(t.logits.dtype).mean())
+        self.tell(agree=(t.logits.argmax(1) == self.wanted(t, call)).to(t.logits.dtype).mean())
         return terms | self.more_terms(x, t, s, call)
+
+    def wanted(self, t: Trace, call: Call) -> Tensor:
+        """The classes that the one-hot loss asks for: those that were drawn for the call."""
+        return call.y
 
     def asks(self) -> tuple[str, ...]:
         """What the teacher is asked for beside logits, feature and map."""

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fastkd import losses
+from fastkd.errors import ConfigError
 from fastkd.memory import Rows, Store
 from fastkd.method import Augmentation, Count, Method, Phase, Rate, Share, Step, Weight, step
 
@@ -65,12 +66,22 @@ class StudentPhase(Method):
         return e >= self.warmup
 
     def student_epoch(self, e: int) -> Iterator[Step]:
-        """Learning rate, order of the images, `kd_steps` steps; nothing during warm-up."""
+        """The student phase of epoch `e` in one piece."""
+        yield from self.student_round(e, 1)
+
+    def student_round(self, e: int, rounds: int) -> Iterator[Step]:
+        """One of `rounds` equal parts of it: learning rate, order of the images, `kd_steps / rounds` steps; nothing during warm-up."""
         if self.trains_student(e):
             yield self.anneal, e - self.warmup
             yield self.deal
-            for _ in range(self.kd_steps):
+            for _ in range(self.kd_steps // rounds):
                 yield self.learn
+
+    def check_rounds(self, rounds: int) -> None:
+        """Refuse a number of rounds that does not share the student steps of an epoch equally (`ConfigError`)."""
+        if self.kd_steps % rounds:
+            near = max(1, round(self.kd_steps / rounds)) * rounds
+            raise ConfigError(f"method.kd_steps is {self.kd_steps}; expected a multiple of the {rounds} rounds an epoch (nearest: {near}).")
 
     @step("distillation", eager=True)
     def anneal(self, k: int) -> None:

@@ -3,36 +3,46 @@ for 2-10 steps a batch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from fastkd.memory import Store
 from fastkd.method import Count, Rate, Step, Weight, step
-from fastkd.methods._pool import PoolMethod
-from fastkd.nn import copy_
+from fastkd.methods._pool import Call, PoolMethod
+from fastkd.nn import Trace, copy_
 
 
 @dataclass
 class Fast(PoolMethod):
     """Defaults: Fast-5, ResNet-34 → ResNet-18 on CIFAR-10/100 [code].
 
-    The ImageNet form: generator_name=g_deep, meta=reptile, reptile=1, meta_latent, redraw_every=50, pool_select=last, adv_start=1;
-    its 140 k images without student steps are a warm-up of as many calls. All calls of an epoch come before its student steps.
+    The ImageNet form is the recipe fast-imagenet. A teacher of dense predictions (logits [B, C, H, W]) is distilled per pixel: the
+    one-hot loss then asks for the class that the teacher itself names at each pixel, as no label map is known.
     """
 
     generator_name: Literal["g_fast", "g_deep"] = "g_fast"
     """g_deep: a latent map on an H/16 grid, for 224 px"""
+    segmentation: Literal["g_dfad_b", "generator_name"] = "g_dfad_b"
+    """generator for a dense teacher: g_dfad_b with a Sigmoid head (Fast's NYUv2 form is not fully published), or generator_name"""
     nz: Count = 256
     """latent size"""
     g_steps: Count = 5
     """inner steps a call"""
     loops: Count = 1
-    """synthesis calls an epoch"""
+    """synthesis calls a round"""
+    rounds: Count = 1
+    """rounds an epoch: each makes its images, then takes its share of the student steps (ImageNet: 10)"""
+    imagenet_init: Literal["run", "none"] = "run"
+    """g_deep only, what is in the pool before the first epoch; run: images that we make without student steps (the published set was
+    never released); none: nothing (users report a collapse)"""
+    init_images: Count = 140_000
+    """images of imagenet_init=run, in whole batches"""
     lr_g: Rate = 3e-3
     """inner learning rate of the generator"""
     lr_z: Rate = 0.01
@@ -55,13 +65,20 @@ class Fast(PoolMethod):
     """1-based call at which the first layer and BN are re-initialised once; none: never; -1: the first call of the 120th epoch after
     warm-up with g_fast, never with g_deep"""
     adv_start: int | None = None
-    """1-based call from which the adversary takes part; none: the number of calls in warm-up, as released
+    """1-based call from which the adversary takes part; none: the number of calls until warm-up ends, as released
     (one call before the student's first step)"""
+
+    def check(self) -> None:
+        super().check()
+        self.check_rounds(self.rounds)
 
     def build(self) -> None:
         self.build_student()
-        self.latent = (self.nz,) if self.generator_name == "g_fast" else (self.nz, self.shape[1] // 16, self.shape[2] // 16)
-        self.theta, self.clone = (self.generator(self.generator_name, self.nz) for _ in range(2))
+        self.dense = self.teacher(torch.zeros(1, *self.shape, device=self.device)).logits.dim() > 2
+        dcgan = self.dense and self.segmentation == "g_dfad_b"
+        name, head = ("g_dfad_b", {"out": "sigmoid"}) if dcgan else (self.generator_name, {})
+        self.theta, self.clone = (self.generator(name, self.nz, None, **head) for _ in range(2))
+        self.latent = self.theta.latent
         self.z, self.z0 = self.per_sample(self.batch, *self.latent), self.per_sample(self.batch, *self.latent)
         lr_meta = self.lr_g * self.g_steps if self.lr_meta is None else self.lr_meta
         slow = [{"params": [self.z0], "lr": self.lr_z_meta}] if self.meta_latent else []
@@ -70,7 +87,7 @@ class Fast(PoolMethod):
         self.meta_grad = [torch.zeros_like(p) for p in self.fast_weights()]
         for own, p in zip(self.meta_grad, self.fast_weights(), strict=True):
             own.per_sample = getattr(p, "per_sample", False)  # type: ignore[attr-defined]
-        self.task = self.call(self.shape[-1], self.epochs * self.loops * self.batch)
+        self.task = self.call(self.shape[-1], self.calls(self.epochs) * self.batch)
         self.pool = self.task.pool
 
     def stores(self) -> list[Store]:
@@ -82,21 +99,38 @@ class Fast(PoolMethod):
     def fast_weights(self) -> list[nn.Parameter]:
         return [*self.clone.parameters(), *([self.z] if self.meta_latent else [])]
 
+    def calls(self, e: int) -> int:
+        """Synthesis calls before epoch `e`, those of `imagenet_init` included."""
+        first = self.generator_name == "g_deep" and self.imagenet_init == "run"
+        return first * math.ceil(self.init_images / self.batch) + e * self.rounds * self.loops
+
     def epoch(self, e: int) -> Iterator[Step]:
+        made = self.calls(e)
+        if e == 0:
+            yield from self.synthesis(0, made)
+        for _ in range(self.rounds):
+            yield from self.synthesis(made, made + self.loops)
+            yield from self.student_round(e, self.rounds)
+            made += self.loops
+
+    def synthesis(self, made: int, until: int) -> Iterator[Step]:
+        """The calls after the first `made`, up to the one numbered `until`."""
         reset = self.reset_l0_at
         if reset == -1:
-            reset = (119 + self.warmup) * self.loops + 1 if self.generator_name == "g_fast" else None
-        for call in range(e * self.loops + 1, (e + 1) * self.loops + 1):
+            reset = self.calls(119 + self.warmup) + 1 if self.generator_name == "g_fast" else None
+        for call in range(made + 1, until + 1):
             if call == reset:
                 yield self.reset_first_layer
             if self.meta_latent and (call == 1 or (self.redraw_every and call % self.redraw_every == 0)):
                 yield self.redraw_latents
             yield self.start
             for _ in range(self.g_steps):
-                yield self.adapt, call >= (self.warmup * self.loops if self.adv_start is None else self.adv_start)
+                yield self.adapt, call >= (self.calls(self.warmup) if self.adv_start is None else self.adv_start)
             yield self.meta_update
             yield self.remember
-        yield from self.student_epoch(e)
+
+    def wanted(self, t: Trace, call: Call) -> Tensor:
+        return t.logits.detach().argmax(1) if self.dense else super().wanted(t, call)
 
     @step("synthesis", eager=True)
     def reset_first_layer(self) -> None:

@@ -88,3 +88,16 @@ def test_best_keeps_the_lowest_total_and_never_a_nan():
     assert best.rows["x"].tolist() == [5.0, 5.0]
     best.offer(torch.tensor(99.0), always=True, x=torch.full((2,), 6.0))
     assert best.rows["x"].tolist() == [6.0, 6.0]
+
+
+def test_rows_that_every_rank_holds_are_appended_in_the_stores_own_form():
+    x = torch.randint(256, (3, 4, 5, 3), dtype=torch.uint8)
+    s = store()
+    s.add(torch.zeros(2, 3, 4, 5), label=torch.zeros(2))
+    s.put(x, label=torch.tensor([7, -1, 2]))
+    assert torch.equal(s.images[2:5], x) and s.columns["label"][2:5].tolist() == [7, -1, 2] and len(s) == s.written == 5
+    floating = Store(s.rng, 3, (3, 4, 5), torch.float16)
+    floating.put(x)
+    torch.testing.assert_close(floating.images.float(), x / 255, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="1 more do not fit"):
+        floating.put(x[:1])

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastkd.config import read_recipe
+from fastkd.engine import evaluation, loop, state
+from fastkd.errors import ConfigError
 from fastkd.method import steps
+from fastkd.methods import method_class
+from fastkd.methods.fast import Fast
+from fastkd.nn import Student, instrument
 from tests import small
 
 
@@ -185,7 +191,10 @@ def test_frozen_networks_during_synthesis():
 def test_the_imagenet_form_learns_its_latents():
     m = small.prepared(
         "fast",
-        {"generator_name": "g_deep", "meta_latent": True, "meta": "reptile", "reptile": 1.0, "redraw_every": 2, "loops": 2, "nz": 8},
+        {
+            **{"generator_name": "g_deep", "meta_latent": True, "meta": "reptile", "reptile": 1.0, "redraw_every": 2, "loops": 2, "nz": 8},
+            "imagenet_init": "none",
+        },
         size=32,
     )
     assert m.z.shape == (12, 8, 2, 2)
@@ -195,3 +204,107 @@ def test_the_imagenet_form_learns_its_latents():
     assert not torch.equal(m.z.detach(), z0)
     m.meta_update()
     assert not torch.equal(m.z0.detach(), z0)
+
+
+def test_rounds_alternate_images_and_student_steps():
+    m = small.prepared("fast", {"epochs": 2, "warmup": 1, "rounds": 2, "kd_steps": 4, "g_steps": 1, "reset_l0_at": None})
+    call, learn = ["start", "adapt", "meta_update", "remember"], ["anneal", "deal", "learn", "learn"]
+    assert names(m, 0) == call * 2 and names(m, 1) == (call + learn) * 2
+    small.run(m)
+    assert len(m.pool) == 4 * m.batch == m.pool.capacity
+    with pytest.raises(ConfigError, match=r"kd_steps is 10; expected a multiple of the 4 rounds .*nearest: 8"):
+        small.prepared("fast", {"rounds": 4, "kd_steps": 10})
+
+
+def test_the_initial_set_is_made_once_before_the_first_student_step_and_only_with_the_latent_map():
+    deep = {"generator_name": "g_deep", "epochs": 2, "warmup": 0, "g_steps": 1, "kd_steps": 2, "init_images": 30, "rounds": 2}
+    deep["reset_l0_at"] = None
+    m = small.prepared("fast", deep, size=32)
+    made = [names(m, e)[: names(m, e).index("learn")].count("start") for e in range(2)]
+    assert made == [3 + 1, 1]  # 30 images are three batches of 12
+    small.run(m)
+    assert len(m.pool) == (3 + 4) * m.batch == m.pool.capacity
+    without = small.prepared("fast", {**deep, "imagenet_init": "none"}, size=32)
+    assert names(without, 0) == names(m, 1)
+    plain = small.prepared("fast", {**deep, "generator_name": "g_fast"})
+    assert names(plain, 0) == names(m, 1)
+
+
+def test_the_imagenet_recipe_is_the_published_schedule():
+    m = method_class("fast")(**{k: v for k, v in read_recipe("fast-imagenet")["method"].items() if k != "name"})
+    assert m.calls(0) * m.batch == 140_000 and (m.calls(400) - m.calls(0)) * m.batch == 400_000
+    step_names = [s[0].__name__ if isinstance(s, tuple) else s.__name__ for s in m.epoch(1)]
+    assert step_names.count("start") == 10 and step_names.count("learn") == 1000
+    assert step_names.index("learn") < len(step_names) - 1 - step_names[::-1].index("start")
+
+
+class OneRound(Fast):
+    """The box of the CIFAR form alone: all calls of an epoch, then its student steps; no initial set, no dense teacher."""
+
+    def epoch(self, e):
+        for call in range(e * self.loops + 1, (e + 1) * self.loops + 1):
+            if call == self.reset_l0_at:
+                yield self.reset_first_layer
+            yield self.start
+            for _ in range(self.g_steps):
+                yield self.adapt, call >= self.warmup * self.loops
+            yield self.meta_update
+            yield self.remember
+        if e >= self.warmup:
+            yield self.anneal, e - self.warmup
+            yield self.deal
+            for _ in range(self.kd_steps):
+                yield self.learn
+
+    def wanted(self, t, call):
+        return call.y
+
+
+@pytest.mark.parametrize("over", [{}, {"imagenet_init": "none", "segmentation": "generator_name"}])
+def test_the_new_switches_change_no_bit_of_the_cifar_form(over):
+    known = {k: v for k, v in small.FIELDS.items() if k in Fast.__dataclass_fields__}
+    plain = OneRound(**{**known, "loops": 2})
+    loop.prepare(plain, small.given())
+    switched = small.prepared("fast", {"loops": 2, **over})
+    small.run(plain)
+    small.run(switched)
+    a, b = state.collect(plain), state.collect(switched)
+    assert a[1] == b[1] and a[0].keys() == b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
+
+
+def dense(seed, classes=5, size=32):
+    torch.manual_seed(seed)
+    net = torch.nn.Sequential(
+        *(torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.ReLU()),
+        *(torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, classes, 1)),
+    )
+    with torch.no_grad():
+        for _ in range(5):
+            net(torch.randn(8, 1, size, size))
+    return net
+
+
+def dense_given():
+    given = small.given(size=32)
+    given.teacher, given.student, given.classes = instrument(dense(1), shape=(1, 32, 32)), Student(dense(2), shape=(1, 32, 32)), 5
+    return given
+
+
+def test_a_dense_teacher_is_distilled_per_pixel():
+    m = small.small("fast", {"epochs": 2, "warmup": 0, "adv_start": 1, "kd_steps": 4})
+    loop.prepare(m, dense_given())
+    assert type(m.theta).__name__ == "Dcgan" and isinstance(m.theta.head[-1], torch.nn.Sigmoid)
+    m.rng.at(0, 0, "start", 0)
+    m.start()
+    x = m.view(m.clone(m.z))
+    t = m.teacher(x).logits
+    assert t.shape == (m.batch, 5, 32, 32)
+    terms = m.inversion_terms(x, m.task, True)
+    torch.testing.assert_close(terms["oh"], m.oh * torch.nn.functional.cross_entropy(t, t.argmax(1)))
+    before = [p.detach().clone() for p in m.student.parameters()]
+    assert small.run(m) == 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, m.student.parameters(), strict=True))
+    assert all(0 <= v <= 1 for v in evaluation.without_data(m).values())
+    other = small.small("fast", {"segmentation": "generator_name"})
+    loop.prepare(other, dense_given())
+    assert type(other.theta).__name__ == "FcUp"

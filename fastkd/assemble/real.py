@@ -1,0 +1,40 @@
+"""The real images that a method learns from: those of `real`, else the training split of the run's data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastkd import data
+from fastkd.assemble.networks import Network
+from fastkd.config import RunConfig
+from fastkd.errors import ConfigError, InputError
+from fastkd.method import Method
+
+
+def real_images(config: RunConfig, method: Method, name: str, teacher: Network, test: Any) -> Any:
+    """What becomes `Given.real`: a set of the teacher's size and channels, or None where the method uses none or none is named.
+
+    Args:
+      test: the evaluation set, or None.
+    Raises:
+      ConfigError: images for a method that uses none, or that it cannot use. InputError: files that are missing or damaged; data whose
+        training and test images are the same.
+    """
+    if not method.uses_real():
+        if config.real is not None:
+            raise ConfigError(f"real is '{config.real}', and method '{name}' with these settings uses no real images; leave it out.")
+        return None
+    spec = config.real or (config.data if "data" in method.needs else None)
+    if spec in (None, "none"):
+        return None
+    found = data.open_images(spec, size=teacher.shape[1], channels=teacher.shape[0])
+    if found is None:
+        return None
+    if test is not None and torch.equal(found.images, test.images):
+        raise InputError(
+            f"'{spec}' has the same images for training and for testing; "
+            "expected train and test sub-folders, other images with --set real=DIR, or --data none."
+        )
+    return method.choose_real(found, teacher.classes)
