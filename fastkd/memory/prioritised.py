@@ -131,7 +131,7 @@ class Prioritised(Store):
         Args:
           batch: rows of the global batch. name: stream of the draws.
         Raises:
-          ValueError: nothing is stored yet, or a batch that cannot be dealt to the ranks.
+          ValueError: nothing is stored yet. ConfigError: a batch that cannot be dealt to the ranks.
         """
         if not self.fill:
             raise ValueError("nothing is stored yet, so no batch can be drawn")

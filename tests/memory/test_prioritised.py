@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from fastkd import ranks
 from fastkd.engine import loop, state
 from fastkd.engine.dry import walk
+from fastkd.errors import ConfigError
 from fastkd.memory import Prioritised, Rows, Store
 from fastkd.memory.evict import frequent, lowest
 from fastkd.method import Method, Step, step
@@ -307,7 +308,7 @@ def worker(rank, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     for a, b in zip(history(world), expected, strict=True):
         assert torch.equal(a, b)
-    with pytest.raises(ValueError, match="cannot be dealt"):
+    with pytest.raises(ConfigError, match="cannot be dealt"):
         fill(s := store(4), [1.0])
         s.draw(3)
     dist.destroy_process_group()

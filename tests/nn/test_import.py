@@ -10,10 +10,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_import_does_not_load_torch():
-    code = "import sys, fastkd.nn; assert 'torch' not in sys.modules and 'Teacher' in dir(fastkd.nn); print(len(fastkd.nn.__all__))"
+    code = "import sys, fastkd.nn; assert 'torch' not in sys.modules and 'Teacher' in dir(fastkd.nn)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "11"
 
 
 def test_every_name_is_there_and_no_other():
