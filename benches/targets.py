@@ -47,7 +47,7 @@ FP32 = {"dtype": "float32"}
 LAYERS = FP32 | {"case": "BN layers *"}
 HALF = {"case": "teacher *", "layout": "channels_last", "dtype": "bfloat16"}
 MAPS, IMAGES = {"case": "ResNet*"}, {"case": "images to maps*"}
-SAMPLES, GATHERS = {"op": "replay_sample*"}, {"op": "replay_gather"}
+SAMPLES, GATHERS = {"op": "replay_sample*", "case": "1000000 *"}, {"op": "replay_gather"}
 STAGES = {"case": "stage *"}
 LADDER = ("layout", "dtype")
 """Labels in which the rungs of a ladder differ."""
