@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from fastkd.engine import state
 from tests import small
 
 # A radius between the two ranks' own means: a hinge taken before the mean over ranks would show.
+STUDENT, STATE = 1e-8, 1e-6
+"""Relative to the largest value of a tensor, in fp64, after three epochs; a term that misses the other rank's rows is some 1e-3 off."""
 RANKED = [*small.VARIANTS, ("muse", {"r": 17.0})]
 
 
@@ -52,4 +55,7 @@ def test_two_ranks_equal_one(variant, ended):
     assert one.keys() == two.keys() and any(k.startswith("student.") for k in one)
     scale = {k: 1 + one[k].double().abs().max().item() for k in one if one[k].numel()}
     far = {k: (one[k].double() - two[k].double()).abs().max().item() / scale[k] for k in scale}
-    assert max(far.values()) < 1e-9, sorted(far.items(), key=lambda kv: -kv[1])[:5]
+    # A bias in front of a BatchNorm has gradient 0; Adam makes steps of its rounding noise, so the rest of the state is held to less.
+    for part, limit in ((r"student\.", STUDENT), (r"", STATE)):
+        worst = sorted(((v, k) for k, v in far.items() if re.match(part, k)), reverse=True)[:5]
+        assert worst[0][0] < limit, worst
