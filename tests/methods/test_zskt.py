@@ -206,4 +206,4 @@ def test_stages_that_do_not_fit_are_refused():
 
 @pytest.mark.slow
 def test_the_digits_recipe_beats_noise():
-    assert novel.top1("zskt-digits") > 0.6
+    assert novel.top1("zskt-digits") > 0.58  # measured: 0.716; noise: 0.446
