@@ -176,6 +176,7 @@ class DeepInversion(PoolMethod):
             divergence = -losses.jsd(t.logits, s.logits, form=self.jsd) if zju else losses.adv_compete(t.logits, s.logits, form=self.jsd)
             terms["adv"] = self.adv * divergence
         if self.bn_student_sub:
+            assert s.bn is not None
             own = bn_match_loss(s.bn, self.student.target, self.student.split)
             terms["bn_student"] = -self.bn * self.bn_student_sub * own
         self.tell(agree=(t.logits.argmax(1) == call.y).to(t.logits.dtype).mean())
