@@ -76,8 +76,8 @@ class Fast(PoolMethod):
         self.build_student()
         self.dense = self.teacher(torch.zeros(1, *self.shape, device=self.device)).logits.dim() > 2
         dcgan = self.dense and self.segmentation == "g_dfad_b"
-        name, head = ("g_dfad_b", {"out": "sigmoid"}) if dcgan else (self.generator_name, {})
-        self.theta, self.clone = (self.generator(name, self.nz, None, **head) for _ in range(2))
+        name = "g_dfad_b" if dcgan else self.generator_name
+        self.theta, self.clone = (self.generator(name, self.nz, out="sigmoid") for _ in range(2))
         self.latent = self.theta.latent
         self.z, self.z0 = self.per_sample(self.batch, *self.latent), self.per_sample(self.batch, *self.latent)
         lr_meta = self.lr_g * self.g_steps if self.lr_meta is None else self.lr_meta

@@ -227,6 +227,6 @@ def test_a_stage_starts_with_a_fresh_optimiser():
 
 @pytest.mark.slow
 def test_the_digits_recipe_beats_noise(tmp_path):
-    """Seed 0; the floor of noise images is 44.6 %."""
+    """Seed 0 reached 95.0 %; the floor of noise images is 44.6 %."""
     run = config.resolve("deepinversion-digits", {"seed": 0, "device": "cpu"})
-    assert assemble.distil(run, tmp_path / "run").summary["student"]["top1"] > 0.7
+    assert assemble.distil(run, tmp_path / "run").summary["student"]["top1"] > 0.8
