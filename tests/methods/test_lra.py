@@ -211,5 +211,5 @@ def test_the_check_leaves_the_student_as_it_is():
 @pytest.mark.slow
 def test_the_digits_recipe_learns(tmp_path):
     top1, first, last = recipe("lra", tmp_path / "run")
-    assert top1 > 0.55  # noise reaches 0.446
+    assert top1 > 0.55  # measured 0.660; noise reaches 0.446
     assert last["generate.oh"] < 0.9 * first["generate.oh"] and last["learn.gap"] < 0.7 * first["learn.gap"]
