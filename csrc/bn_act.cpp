@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "cpu_kernels.h"
-#include "cpu_pages.h"
 #include "cpu_vec.h"
 
 namespace fastkd {
@@ -221,7 +220,6 @@ template <class T> struct Bwd {
 void FASTKD_CPU(bn_act_fwd)(const BnActParams& p, int threads) {
   with_type(p.s.dtype, [&](auto t) {
     using F = Fwd<decltype(t)>;
-    huge_pages(p.y, p.s.n * p.s.c * p.s.hw * int64_t(sizeof t));
     F::stats(p);
     with_act(p.act, [&](auto a) { F::template run<decltype(a)::value>(p, threads); });
   });
@@ -236,7 +234,6 @@ void FASTKD_CPU(bn_act_bwd_sums)(const BnActGradParams& p, int threads) {
 
 void FASTKD_CPU(bn_act_bwd)(const BnActGradParams& p, int threads) {
   with_type(p.s.dtype, [&](auto t) {
-    huge_pages(p.dx, p.s.n * p.s.c * p.s.hw * int64_t(sizeof t));
     const Bwd<decltype(t)> b(p);
     with_act(p.act, [&](auto a) { b.template run<decltype(a)::value>(threads); });
   });

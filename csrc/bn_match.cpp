@@ -6,7 +6,6 @@
 //        accumulators, which stay in L1.
 // Lanes are added in order, in double; so are the partial sums of the units. Bytes: see the Python docstrings.
 #include "cpu_kernels.h"
-#include "cpu_pages.h"
 #include "cpu_vec.h"
 
 namespace fastkd {
@@ -230,7 +229,6 @@ template <class T> struct Bwd {
 void FASTKD_CPU(bn_fwd)(const BnParams& p, int threads) {
   with_type(p.s.dtype, [&](auto t) {
     const Fwd<decltype(t)> f(p);
-    huge_pages(p.y, f.n * f.c * f.hw * int64_t(sizeof t));
     if (!p.y) return f.template run<kNone, false, false>(p.s.layout, threads);
     with_act(p.act, [&](auto a) {
       constexpr int kAct = decltype(a)::value;
@@ -243,8 +241,6 @@ void FASTKD_CPU(bn_fwd)(const BnParams& p, int threads) {
 void FASTKD_CPU(bn_bwd)(const BnGradParams& p, int threads) {
   with_type(p.s.dtype, [&](auto t) {
     const Bwd<decltype(t)> b(p);
-    huge_pages(p.dx, b.n * b.c * b.hw * int64_t(sizeof t));
-    huge_pages(p.dresidual, b.n * b.c * b.hw * int64_t(sizeof t));
     if (!p.gy) return b.template run<kNone, false, false>(p.s.layout, threads);
     with_act(p.act, [&](auto a) {
       constexpr int kAct = decltype(a)::value;
