@@ -45,7 +45,7 @@ __device__ double over_lanes(double v) {
   return v;
 }
 
-template <class A> __global__ void bn_loss_fwd_kernel(const Loss<A> p) {
+template <class A> __global__ void __launch_bounds__(kForward) bn_loss_fwd_kernel(const Loss<A> p) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const bool blend = p.blended();
   __shared__ double total[kForward / kWarp];

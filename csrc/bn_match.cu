@@ -149,7 +149,8 @@ template <class T, int V> __global__ void __launch_bounds__(kThreads) bn_fwd_nhw
 }
 
 // sums[i] = partial[0, i] + partial[1, i] + …: interleaved strands, then the strands in order.
-template <class A> __global__ void bn_finish_kernel(const double* partial, A* sums, int64_t groups, int64_t columns) {
+template <class A>
+__global__ void __launch_bounds__(kStrandX* kStrandY) bn_finish_kernel(const double* partial, A* sums, int64_t groups, int64_t columns) {
   const int64_t i = int64_t(blockIdx.x) * kStrandX + threadIdx.x;
   double t = 0;
   if (i < columns) {

@@ -76,12 +76,13 @@ def define(
 
 
 def _watched(args: tuple[Any, ...]) -> bool:
-    """Whether somebody follows the call through the dispatcher: a mode, a transform, a trace, a subclass of Tensor."""
+    """Whether somebody follows the call through the dispatcher: a mode, a transform, a trace, a subclass of Tensor, a negation that
+    memory does not hold yet."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()
-        or any(isinstance(a, Tensor) and type(a) is not Tensor for a in args)
+        or any(isinstance(a, Tensor) and (type(a) is not Tensor or a.is_neg()) for a in args)
     )
 
 

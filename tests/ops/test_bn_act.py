@@ -159,6 +159,15 @@ def test_second_order(backend, device):
             torch.autograd.grad(g.square().sum(), x)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_second_order_is_refused_in_every_layout(cpp, layout):
+    """With a constant gradient of y, only the saved x leads back to the input; a copy of it must not lose the way."""
+    x = inputs((4, 5, 3, 3), torch.float32, "cpu", layout)[0].requires_grad_()
+    (g,) = torch.autograd.grad(ops.batch_norm_act(x), x, torch.randn(x.shape), create_graph=True)
+    with pytest.raises(ConfigError, match="second order"):
+        torch.autograd.grad(g.square().sum(), x)
+
+
 def test_no_grad_and_inference_mode(backend, device):
     x, weight, bias = inputs((4, 5, 3, 3), torch.float32, device)
     weight.requires_grad_()

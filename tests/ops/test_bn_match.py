@@ -221,6 +221,11 @@ def test_not_finite_reaches_the_results(backend, device, act, layout):
     torch.testing.assert_close(ours[looked_at], theirs[looked_at], equal_nan=True)
 
 
+def test_lazy_negation_is_resolved(backend, device):
+    x, shift = (torch._neg_view(torch.randn(s, device=device)) for s in ((3, 4, 5, 5), (4,)))
+    torch.testing.assert_close(ops.bn_sums(x, shift), bn_sums_ref(x.resolve_neg(), shift.resolve_neg()), rtol=1e-5, atol=1e-4)
+
+
 def test_large_mean(backend, device):
     """mean/std = 1000: shifted sums keep the variance where E[x^2] - E[x]^2 has lost it."""
     x = torch.randn(16, 3, 32, 32, device=device, generator=torch.Generator(device).manual_seed(0)) + 1000

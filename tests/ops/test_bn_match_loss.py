@@ -162,6 +162,16 @@ def test_gradients_of_first_and_second_order(backend, device, kind):
         assert torch.autograd.gradgradcheck(loss, stats)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_order_where_the_loss_is_not_the_last_operation(backend, device, kind):
+    """Its incoming gradient then depends on the statistics itself, and that path is counted once."""
+    _supported(backend, torch.float64)
+    stats, target = (torch.rand(2, 2, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64) + 0.3).to(device)
+    assert torch.autograd.gradgradcheck(
+        lambda v: ops.bn_match_loss(v.exp(), target, (0, 2, 5), kind=kind).square(), stats.clone().requires_grad_()
+    )
+
+
 def test_no_gradient_wanted(backend, device):
     stats, target, _ = _inputs(torch.float32, device)
     expected = ops.bn_match_loss(stats, target, OFFSETS)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkd import ranks
 
+from .. import _native
 from .._library import choose
 from . import registered as _registered
 from .reference import batch_norm_act_ref
@@ -62,7 +63,7 @@ def batch_norm_act(
     if choose("batch_norm_act", x) == "reference":
         y, mean, unbiased = batch_norm_act_ref(x, weight, bias, eps, act, slope, over_ranks)
     else:
-        y, stats = _registered.BatchNormAct.apply(x, weight, bias, eps, act, slope, over_ranks)
+        y, stats = _registered.BatchNormAct.apply(_native.dense(x), weight, bias, eps, act, slope, over_ranks)
         mean, unbiased = stats[0], stats[1]
     for running, now in ((running_mean, mean), (running_var, unbiased)):
         if running is not None:

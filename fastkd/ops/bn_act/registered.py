@@ -102,13 +102,14 @@ def _first(x: Tensor) -> Tensor:
 
 
 class BatchNormAct(torch.autograd.Function):
-    """(y, stats) of x, weight, bias; stats [4, C] as in `bn_act_fwd`, without gradient."""
+    """(y, stats) of x, weight, bias; stats [4, C] as in `bn_act_fwd`, without gradient. x is dense: a copy made here would be saved
+    without its way back to the input, and a second order would pass by it unseen."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, act: str, slope: float, over_ranks: bool
     ) -> tuple[Tensor, Tensor]:
-        x, count = _native.dense(x), x.numel() // x.shape[1]
+        count = x.numel() // x.shape[1]
         shift = _first(x).to(wide(x.dtype))
         sums = torch.ops.fastkd.bn_sums_fwd(x, shift)
         if over_ranks:

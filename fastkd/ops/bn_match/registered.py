@@ -197,6 +197,7 @@ def _loss_bwd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Higher orders, in plain torch: few channels, and nobody needs them fast."""
     (g, stats, target, average, calls), (offsets, momentum, first, kind) = ctx.saved_tensors, ctx.plain
     with torch.enable_grad():
+        g, stats = g.view_as(g), stats.view_as(stats)  # g may depend on stats: partial derivatives, or that path counts twice
         out = ref.bn_match_loss_bwd_ref(g, stats, target, offsets, first, kind, average, calls, momentum)
     wanted = [t for t, want in zip((g, stats), ctx.needs_input_grad) if want]
     found = iter(torch.autograd.grad(out, wanted, grad, create_graph=torch.is_grad_enabled()))
