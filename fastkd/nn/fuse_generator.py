@@ -45,10 +45,10 @@ def fuse_generator(net: Net) -> Net:
 
 
 class _Tracer(Tracer):
-    """Does not look into modules that hold nothing to join."""
+    """Does not look into modules that hold nothing to join, or whose hooks read what they return."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return super().is_leaf_module(m, module_qualified_name) or not _holds(m)
+        return super().is_leaf_module(m, module_qualified_name) or not _holds(m) or _hooked(m)
 
 
 def _holds(m: nn.Module) -> bool:
@@ -77,6 +77,8 @@ class _Calls:
             for child, part in net.named_children():
                 if _holds(part):
                     lines += self.read(part, f"{name}.{child}" if name else child)
+                # The code that cannot be followed may call it, too.
+                self.times.update(map(id, [part] if _holds(part) else part.modules()))
             return lines
         finally:
             for m, flag in before:
@@ -96,7 +98,7 @@ def _neighbours(reader: Reader) -> tuple[list[Pair], Counter[int]]:
         m = reader.module(node)
         if m is None:
             continue
-        times[id(m)] += 1
+        times.update(map(id, m.modules()))  # what a module that is not looked into calls, it calls at least once
         user = reader.only_user(node)
         other = reader.module(user) if user is not None else None
         if user is not None and other is not None and user.all_input_nodes == [node]:

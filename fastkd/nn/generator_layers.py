@@ -49,13 +49,14 @@ class ActivatedBatchNorm2d(nn.BatchNorm2d):
         if not (self.training or self.running_mean is None):
             y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
             return self._activate(y)
+        mean, var = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
         momentum: float | Tensor = self.momentum or 0.0
-        if self.num_batches_tracked is not None and self.running_mean is not None:
+        if self.num_batches_tracked is not None and mean is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:  # the cumulative average, counted on the device
-                momentum = self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
+                momentum = self.num_batches_tracked.to(mean.dtype).reciprocal()
         return ops.batch_norm_act(
-            *(x, self.running_mean, self.running_var, self.weight, self.bias),
+            *(x, mean, var, self.weight, self.bias),
             momentum=momentum, eps=self.eps, act=self.act, slope=self.slope, over_ranks=self.over_ranks,
         )  # fmt: skip
 

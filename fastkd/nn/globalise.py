@@ -191,7 +191,7 @@ def _global_batch_norm(m: Any, x: Tensor) -> Tensor:
 @torch.no_grad()
 def _move_running(m: Any, mean: Tensor, var: Tensor) -> None:
     """As torch's own: exponential with `momentum`, or the cumulative average where it is None."""
-    if m.running_mean is None:
+    if m.running_mean is None or not m.track_running_stats:
         return
     m.num_batches_tracked.add_(1)
     for running, now in ((m.running_mean, mean), (m.running_var, var)):

@@ -161,6 +161,58 @@ def test_a_shared_doubling_and_a_shared_activation_are_joined_everywhere_or_nowh
     equal(train(net, x), train(plain, x))
 
 
+def test_a_shared_activation_is_not_taken_from_a_module_that_is_not_looked_into(fp64):
+    act = nn.LeakyReLU(0.1)
+    plain = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 3), act), nn.BatchNorm2d(3), act)
+    net = fuse_generator(copy.deepcopy(plain))
+    assert type(net[0][1]) is nn.LeakyReLU and net[1].act == "none"
+    x = torch.randn(3, 3, 5, 5)
+    equal(train(net, x), train(plain, x))
+
+
+def test_what_code_that_cannot_be_traced_may_call_stays(fp64):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.acts = nn.Upsample(scale_factor=2), nn.ModuleList([nn.LeakyReLU(0.1)])
+            self.body = nn.Sequential(self.up, nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), self.acts[0])
+
+        def forward(self, x):
+            if x.sum() > 1e9:
+                return x
+            return self.body(self.up(self.acts[0](x)))
+
+    plain = Net()
+    net = fuse_generator(copy.deepcopy(plain))
+    assert type(net.up) is nn.Upsample and type(net.acts[0]) is nn.LeakyReLU
+    x = torch.randn(2, 3, 4, 4)
+    equal(train(net, x), train(plain, x))
+
+
+def test_statistics_that_are_switched_off_do_not_move(fp64):
+    plain = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.ReLU())
+    plain[1].track_running_stats = False  # the buffers stay, and evaluation reads them
+    x = torch.randn(3, 3, 5, 5)
+    equal(train(fuse_generator(copy.deepcopy(plain)), x), train(plain, x))
+
+
+def test_a_hook_on_a_part_sees_what_the_part_returned():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.act = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)), nn.ReLU()
+
+        def forward(self, x):
+            return self.act(self.block(x))
+
+    net, seen = Net(), []
+    net.block.register_forward_hook(lambda m, inputs, y: seen.append(y))
+    fuse_generator(net)
+    assert not seen and net.block[1].act == "none"
+    net(torch.randn(2, 3, 5, 5))
+    assert seen[0].min() < 0
+
+
 def test_hooks_and_subclasses_stay():
     class Mine(nn.BatchNorm2d):
         def forward(self, x):

@@ -27,6 +27,11 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return self.act(self.drop(super().forward(x)))
 
 
+def switched_off(norm):
+    norm.track_running_stats = False  # the buffers stay
+    return norm
+
+
 def make(kind):
     torch.manual_seed(0)
     nets = {
@@ -37,6 +42,7 @@ def make(kind):
         "sync": nn.Sequential(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4)),
         "cumulative": nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=None)),
         "untracked": nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)),
+        "switched_off": nn.Sequential(nn.Conv2d(3, 4, 3), switched_off(nn.BatchNorm2d(4))),
         "act": nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4)),
         "far": nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=0.8)),
         "dropout": nn.Sequential(
@@ -47,7 +53,7 @@ def make(kind):
     return nets[kind].double().train()
 
 
-KINDS = ("2d", "1d", "1d_sequence", "3d", "sync", "cumulative", "untracked", "act", "far", "dropout")
+KINDS = ("2d", "1d", "1d_sequence", "3d", "sync", "cumulative", "untracked", "switched_off", "act", "far", "dropout")
 
 
 def batch():

@@ -206,7 +206,7 @@ def _cam_outer_kernel(
 def _blocks(channels: int, cells: int) -> dict[str, int]:
     """A tile of about 4096 elements."""
     across = min(64, triton.next_power_of_2(cells))
-    return {"CHANNELS": min(4096 // across, triton.next_power_of_2(channels)), "CELLS": across}
+    return {"CHANNELS": min(4096 // across, triton.next_power_of_2(max(channels, 1))), "CELLS": across}
 
 
 def cam_fwd(

@@ -37,4 +37,7 @@ w = torch.ones(2, 4)
 for norm in ("none", "minmax", "max"):
     m = ops.class_activation_map(f, w, torch.tensor([-5, 1, 9]), relu=True, norm=norm, size=(6, 6), renorm=True)  # labels are clamped
     assert m[1].isnan().any() and m[0].isfinite().all() and not m[2].any()
+f, w, y = torch.randn(2, 0, 3, 3), torch.ones(2, 0), torch.zeros(2, dtype=torch.int64)
+out, slope = torch.ops.fastkd.class_activation_map_fwd(f, w, y, True, "max", [5, 6], True)
+assert out.shape == (2, 5, 6) and slope.shape == (2, 3, 3) and not out.any() and not slope.any()  # no channels
 print("agree")
