@@ -88,14 +88,21 @@ class Prioritised(Store):
         Raises:
           ValueError: more rows than the store holds, or columns that do not fit.
         """
-        at = super().add(x, **columns)
+        priority = None if priority is None else ranks.gather(priority.detach())
+        return self.put(ranks.gather(self._encode(x)), priority, **{k: ranks.gather(v) for k, v in columns.items()})
+
+    def put(self, images: Tensor, priority: Tensor | None = None, **columns: Tensor) -> Tensor:
+        """Insert rows that every rank holds: images [n, H, W, C] as in `Store.put`, `priority` [n] or None as in `add`."""
+        if priority is not None and priority.shape != (len(images),):
+            raise ValueError(f"priority must be of shape ({len(images)},), found {tuple(priority.shape)}")
+        at = super().put(images, **columns)
         self._count(at, 1)
         self.born[at] = torch.arange(self.written - len(at), self.written, device=at.device)
         if priority is None:
             top = self.leaves.amax()
             self._write(at, torch.where(top > 0, top, torch.ones_like(top)).expand(len(at)))
         else:
-            self._write(at, self._leaf(ranks.gather(priority.detach())))
+            self._write(at, self._leaf(priority))
         return at
 
     def _slots(self, n: int) -> Tensor:
@@ -157,8 +164,9 @@ class Prioritised(Store):
         """Change the exponent of the priorities; stored ones are transformed. Both exponents must be positive."""
         if not (alpha > 0 and self.alpha > 0):
             raise ValueError(f"alpha goes from {self.alpha} to {alpha}; both must be positive")
-        self.leaves.pow_(alpha / self.alpha)
-        self.sums.copy_(replay_sums(self.leaves))
+        leaves = self.leaves ** (alpha / self.alpha)
+        self.sums.copy_(replay_sums(leaves))  # on the CPU refuses what is too large, before anything is changed
+        self.leaves.copy_(leaves)
         self.alpha = alpha
 
     def share(self) -> Tensor:

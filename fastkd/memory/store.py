@@ -100,7 +100,7 @@ class Store:
         Returns:
           [b·W] int64, the rows that the global batch took.
         Raises:
-          ValueError: the store is full and no ring, or a column is missing.
+          ValueError: the store is full and no ring, more rows at once than a ring holds, or images or columns that do not fit.
         """
         return self.put(ranks.gather(self._encode(x)), **{k: ranks.gather(v) for k, v in columns.items()})
 
@@ -117,9 +117,13 @@ class Store:
         """
         if columns.keys() != self.columns.keys():
             raise ValueError(f"the store has the columns {sorted(self.columns)}, got {sorted(columns)}")
+        n = len(images)
+        for name, v, shape in (("images", images, (n, *self.images.shape[1:])), *((k, v, (n,)) for k, v in columns.items())):
+            if v.shape != shape:  # before anything is written, and nothing is broadcast
+                raise ValueError(f"{name} must be of shape {shape}, found {tuple(v.shape)}")
         if images.dtype == torch.uint8 and self.images.dtype != torch.uint8:
             images = images.to(self.images.dtype) / 255
-        at = self._slots(images.shape[0])
+        at = self._slots(n)
         self.images[at.to(self.images.device)] = images.to(self.images.device)
         for k, v in columns.items():
             self.columns[k][at] = v.to(self.columns[k].dtype)
@@ -131,6 +135,8 @@ class Store:
         """The rows that the next `n` images take, int64 [n]."""
         if not self.ring and self.written + n > self.capacity:
             raise ValueError(f"the store holds {self.capacity} images; {self.written} are written and {n} more do not fit")
+        if n > self.capacity:  # two images for one row: which stays would be chance
+            raise ValueError(f"the store holds {self.capacity} images; {n} at once do not fit")
         return (torch.arange(n, device=self.cursor.device) + self.written) % self.capacity
 
     def _encode(self, x: Tensor) -> Tensor:

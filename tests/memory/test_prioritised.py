@@ -122,6 +122,30 @@ def test_a_full_store_gives_up_rows_by_its_rule(rule, gone):
     assert s.hist.tolist() == [int((s.columns["label"] == c).sum()) for c in range(3)] and s.hist.sum() == 6
 
 
+def test_rows_that_every_rank_holds_get_priority_count_and_age():
+    s = store(4, rule="fifo")
+    images = torch.zeros(3, 2, 3, 1, dtype=torch.uint8)
+    assert s.put(images, label=torch.tensor([0, 1, 1])).tolist() == [0, 1, 2] and s.leaves.tolist() == [1, 1, 1, 0]
+    assert s.put(images[:2], torch.tensor([5.0, 7.0]), label=torch.tensor([2, 2])).tolist() == [3, 0]
+    assert s.leaves.tolist() == [7, 1, 1, 5] and s.hist.tolist() == [0, 2, 2] and s.born.tolist() == [4, 1, 2, 3]
+    assert torch.equal(s.sums, replay_sums(s.leaves))
+
+
+def test_what_does_not_fit_changes_nothing():
+    s = store(3)
+    fill(s, [1, 2, 3], [0, 1, 2])
+    before = {k: v.clone() for k, v in (*vars(s).items(), *s.columns.items()) if isinstance(v, torch.Tensor)}
+    x = torch.rand(2, *SHAPE)
+    for images, priority, label in ((x, torch.ones(2), torch.zeros(1)), (x, torch.ones(1), torch.zeros(2)), (x[..., :1], None, torch.zeros(2))):
+        with pytest.raises(ValueError, match="must be of shape"):
+            s.add(images, priority, label=label)
+    s.leaves.fill_(1e20)
+    before["leaves"] = s.leaves.clone()
+    with pytest.raises(ValueError, match="not finite"):
+        s.set_alpha(2.0)
+    assert s.alpha == 1 and all(torch.equal({**vars(s), **s.columns}[k], v) for k, v in before.items())
+
+
 def test_a_rule_of_ones_own():
     class LastRows(Prioritised):
         def leaving(self, n):

@@ -67,6 +67,8 @@ def test_full_store_refuses_and_ring_overwrites_the_oldest():
     for i in range(3):
         ring.add(torch.zeros(3, 3, 4, 5), label=torch.full((3,), i))
     assert len(ring) == 5 and ring.columns["label"].tolist() == [1, 2, 2, 2, 1] and ring.newest(3).tolist() == [1, 2, 3]
+    with pytest.raises(ValueError, match="holds 5 images; 6 at once do not fit"):
+        ring.add(torch.zeros(6, 3, 4, 5), label=torch.arange(6))
 
 
 def test_wrong_columns_and_empty_store_are_refused():
