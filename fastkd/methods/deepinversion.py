@@ -145,7 +145,8 @@ class DeepInversion(PoolMethod):
     def invert(self, shrink: int) -> None:
         before = self.image() if self.pool_select == "best" else None
         seen = self.x if shrink == 1 else F.avg_pool2d(self.x, shrink)
-        terms = self.inversion_terms(self.jittered(seen, shrink), self.task, self.adv > 0) | self.priors(seen)
+        view = self.jittered(seen, shrink)
+        terms = self.inversion_terms(view, self.task, self.adv > 0) | self.priors(seen if self.variant == "zju" else view)
         total = self.minimise(terms, self.opt_x)
         if self.clip:
             self.x.data.copy_(self.x.data.clamp(self.low, self.high))
@@ -183,7 +184,7 @@ class DeepInversion(PoolMethod):
         return terms
 
     def priors(self, x: Tensor) -> dict[str, Tensor]:
-        """The image terms, of the pixels before the roll."""
+        """The image terms: of the pixels before the roll (zju), or of what the teacher sees, with the seam of the roll (official)."""
         norm = losses.l2_batch if self.l2_norm == "batch" else losses.l2_image
         terms = (("tv1", self.tv1, losses.tv1), ("tv2", self.tv2, losses.tv2), ("l2", self.l2, norm))
         return {name: weight * loss(x) for name, weight, loss in terms if weight}

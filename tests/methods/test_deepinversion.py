@@ -201,6 +201,21 @@ def test_weights_and_switches_of_the_terms():
     torch.testing.assert_close(image, m.x.flatten(1).norm(dim=1).mean())
 
 
+@pytest.mark.parametrize("variant", ["zju", "official"])
+def test_the_image_terms_are_of_the_pixels_or_of_what_the_teacher_sees(variant):
+    m = small.prepared("deepinversion", {"variant": variant, "jitter": 3, "tv2": 1.0, "warmup": 0, **PLAIN})
+    until(m, "invert")
+    m.rng.at(0, 0, "invert", 0)
+    rolled = m.jittered(m.x, 1).detach()
+    of_pixels, of_view = losses.tv2(m.x).item(), losses.tv2(rolled).item()
+    assert abs(of_pixels - of_view) > 1e-4 * of_pixels  # the seam shows
+    m.rng.at(0, 0, "invert", 0)
+    m.log.prefix = "invert"
+    m.invert(1)
+    m.step_ends()
+    assert m.log.read()["invert.tv2"] == pytest.approx(of_pixels if variant == "zju" else of_view, rel=1e-5)
+
+
 def test_balanced_labels_are_a_repeated_range():
     m = small.prepared("deepinversion", {"labels": "balanced"}, classes=5)
     until(m, "fresh")

@@ -233,6 +233,7 @@ def test_the_initial_set_is_made_once_before_the_first_student_step_and_only_wit
 def test_the_imagenet_recipe_is_the_published_schedule():
     m = method_class("fast")(**{k: v for k, v in read_recipe("fast-imagenet")["method"].items() if k != "name"})
     assert m.calls(0) * m.batch == 140_000 and (m.calls(400) - m.calls(0)) * m.batch == 400_000
+    assert (m.lr, m.eta_min, m.momentum, m.weight_decay, m.tau) == (0.1, 0.0, 0.9, 1e-4, 5.0)  # cosine to 0, not to CIFAR's 2e-4
     step_names = [s[0].__name__ if isinstance(s, tuple) else s.__name__ for s in m.epoch(1)]
     assert step_names.count("start") == 10 and step_names.count("learn") == 1000
     assert step_names.index("learn") < len(step_names) - 1 - step_names[::-1].index("start")
