@@ -42,6 +42,21 @@ class NumericalError(FastkdError):
     exit_code = 6
 
 
+OUT_OF_MEMORY = 7
+
+
+def no_memory(e: BaseException) -> bool:
+    """Whether memory ran out; torch says it in a RuntimeError on the CPU and in a class of its own on a GPU."""
+    if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError":
+        return True
+    return "can't allocate memory" in str(e) or "not enough memory" in str(e)
+
+
+def exit_code(e: BaseException) -> int:
+    """The exit code of a run that an exception ended: its own, 7 where memory ran out, 1 for what nobody expected."""
+    return e.exit_code if isinstance(e, FastkdError) else OUT_OF_MEMORY if no_memory(e) else FastkdError.exit_code
+
+
 def nearest(name: str, choices: Iterable[str]) -> str | None:
     """The choice most like `name`, or None where nothing resembles it."""
     found = difflib.get_close_matches(name.lower(), list(choices), n=1, cutoff=0.5)

@@ -31,9 +31,13 @@ def write_file(path: Path, data: bytes) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace `path` in one rename, durable when this returns; an older file stays whole if anything fails."""
-    temporary = path.with_name(f".tmp-{path.name}")
+def write_atomic(path: Path, data: bytes, *, writer: str = "") -> None:
+    """Replace `path` in one rename, durable when this returns; an older file stays whole if anything fails.
+
+    Args:
+      writer: names the temporary file where several processes may write at once.
+    """
+    temporary = path.with_name(f".tmp-{path.name}{writer}")
     try:
         write_file(temporary, data)
         os.replace(temporary, path)

@@ -259,3 +259,8 @@ def test_an_unfinished_run_is_no_network(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(InputError, match="is not finished; continue it with: fastkd run --resume"):
         weights_path(str(tmp_path / "run"))
+
+
+def test_metadata_tells_no_folder_of_this_machine():
+    said = assemble.metadata("py:/home/me/net.py:make", 10, (1, 8, 8), [0.5], [0.5], None, teacher="py:/data/t.py:teacher", method="noise")
+    assert (said["architecture"], said["teacher"], said["method"]) == ("py:net.py:make", "py:t.py:teacher", "noise")

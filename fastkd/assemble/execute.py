@@ -25,7 +25,7 @@ from fastkd.config import SAFE_ON_RESUME
 from fastkd.engine import evaluation, loop, signals
 from fastkd.engine.events import Events, Heartbeat, Listener, curve, final
 from fastkd.engine.folder import locked, prepare, refuse
-from fastkd.errors import CheckpointError, ConfigError, PlaceError
+from fastkd.errors import CheckpointError, ConfigError, PlaceError, exit_code
 from fastkd.files import write_atomic
 
 
@@ -57,8 +57,10 @@ def execute(job: Job, out: Path | None, *, resume: str, listeners: Sequence[List
         if out is not None and first:
             prepare(out, resume=resume != "no")
             stack.enter_context(locked(out))
-        ranks.barrier()
-        return _execute(job, out, resume=out is not None and _has_checkpoints(out), listeners=listeners, time_limit=time_limit)
+        # Rank 0 looks: on a network disk the others may still see an older state of the folder.
+        found = out is not None and first and _has_checkpoints(out)
+        go_on = bool(ranks.max(torch.tensor(float(found))).item())
+        return _execute(job, out, resume=go_on, anew=resume == "auto", listeners=listeners, time_limit=time_limit)
 
 
 def nothing_to_resume(out: Path) -> str:
@@ -121,7 +123,7 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _execute(job: Job, out: Path | None, *, resume: bool, listeners: Sequence[Listener], time_limit: float | None) -> Outcome:
+def _execute(job: Job, out: Path | None, *, resume: bool, anew: bool, listeners: Sequence[Listener], time_limit: float | None) -> Outcome:
     began = time.monotonic()
     first = ranks.rank() == 0
     events = Events(out if first else None, list(listeners) if first else [])
@@ -152,7 +154,7 @@ def _execute(job: Job, out: Path | None, *, resume: bool, listeners: Sequence[Li
     events.status("running")
     try:
         with signals.watched(time_limit) as stop:
-            code = loop.run(method, settings, events, out, stop, resume=resume)
+            code = loop.run(method, settings, events, out, stop, resume=resume, anew=anew)
         summary = _summary(job, facts, notes, events, out, time.monotonic() - began)
         if code == loop.DONE and out is not None and first:
             top1 = summary["student"].get("top1")
@@ -160,7 +162,7 @@ def _execute(job: Job, out: Path | None, *, resume: bool, listeners: Sequence[Li
             models.save_weights(out / job.out_name, loop.student_tensors(method.student), last)
     except BaseException as e:
         if out is not None and final(out) is None:  # another rank may have said why already; what follows here is a consequence
-            events.status("fatal", code=getattr(e, "exit_code", 1), reason=str(e))
+            events.status("fatal", code=exit_code(e), reason=str(e))
         raise
     events.status("done" if code == loop.DONE else "preempted", code=code)
     events.write("done" if code == loop.DONE else "stopped", code=code, summary=summary)

@@ -174,13 +174,20 @@ def network_facts(spec: str, net: nn.Module) -> dict[str, Any]:
     return {"spec": spec, "parameters": sum(p.numel() for p in net.parameters())}
 
 
+def _without_folder(spec: str) -> str:
+    """`py:FILE:FUNCTION` with the name of the file alone: weights are handed on, and where their code lay is nobody's business."""
+    return f"py:{Path(spec.removeprefix('py:')).name}" if spec.startswith("py:") else spec
+
+
 def metadata(
     spec: str, classes: int, shape: tuple[int, int, int], mean: Sequence[float], std: Sequence[float], names: list[str] | None, **more: str
 ) -> dict[str, str]:
     """The metadata of a network's safetensors: all that a later command needs to use it."""
     named = {"class_names": json.dumps(names)} if names else {}
+    if "teacher" in more:
+        more["teacher"] = _without_folder(more["teacher"])
     return {
-        "architecture": spec,
+        "architecture": _without_folder(spec),
         "classes": str(classes),
         "channels": str(shape[0]),
         "input_size": str(shape[1]),

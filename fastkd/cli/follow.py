@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fastkd.engine import events
+
 SECONDS = 0.5
 
 
@@ -65,4 +67,4 @@ class Follower:
             return []
         whole = data[: data.rfind(b"\n") + 1]
         self._at += len(whole)
-        return [json.loads(line) for line in whole.splitlines() if line.startswith(b"{") and line.endswith(b"}")]
+        return list(events.parsed(whole.splitlines()))

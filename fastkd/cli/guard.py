@@ -11,9 +11,9 @@ from typing import Any
 
 import click
 
-from fastkd.errors import FastkdError
+from fastkd.errors import OUT_OF_MEMORY, FastkdError, no_memory
 
-UNEXPECTED, USAGE, PLACE, OUT_OF_MEMORY, INTERRUPTED = 1, 2, 3, 7, 130
+UNEXPECTED, USAGE, PLACE, INTERRUPTED = 1, 2, 3, 130
 DEBUG = "FASTKD_DEBUG"
 wanted = {"debug": False}
 """Whether this command line asked for tracebacks; the environment variable asks for all of them."""
@@ -21,8 +21,13 @@ PLACE_ERRNOS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBI
 
 
 def guarded(run: Callable[[], Any]) -> int:
-    """The exit code of a command: its own number, or that of what it raised, which is said on stderr."""
+    """The exit code of a command line: its own number, or that of what it raised, which is said on stderr."""
     wanted["debug"] = bool(os.environ.get(DEBUG))
+    return attempted(run)
+
+
+def attempted(run: Callable[[], Any]) -> int:
+    """`guarded`, for a part of a command."""
     try:
         code = run()
     except click.ClickException as e:
@@ -57,13 +62,6 @@ def _unexpected(e: BaseException) -> int:
 def _first(e: BaseException) -> str:
     """The first line of what an exception says."""
     return (str(e).splitlines() or [""])[0]
-
-
-def no_memory(e: Exception) -> bool:
-    """Whether memory ran out; torch says it in a RuntimeError on the CPU and in a class of its own on a GPU."""
-    if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError":
-        return True
-    return "can't allocate memory" in str(e) or "not enough memory" in str(e)
 
 
 def _say(sentence: str, e: BaseException, code: int) -> int:

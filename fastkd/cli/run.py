@@ -49,7 +49,8 @@ KEYS = {
 }
 """Option → configuration key. A key that is not given stays as the recipe or the default has it."""
 
-STOPPED = 75
+STOPPED = several.STOPPED
+CONTINUE = "continue from the last checkpoint with"
 
 
 @verb("run")
@@ -104,16 +105,22 @@ def command(
     if out is None:
         out = out_folder(f"{config.method.get('name', 'muse')}-{data_word(config.data)}")
     if rank:
-        return several.one_of_them(config, out, lambda: distil(config, out, resume_of_rank(resume), as_json, time_limit))
+        left = launch.time_left(time_limit)
+        return several.one_of_them(config, out, lambda: distil(config, out, resume_of_rank(resume), as_json, left))
     if gpus and gpus > 1:
-        words = [*again_words(recipe, sets, options), *(["--time-limit", f"{time_limit:g}s"] if time_limit else [])]
-        return several.launched(config, gpus, words, out, resume, max_restarts, as_json)
+        words = [*again_words(recipe, sets, options), *(["--time-limit", f"{time_limit:f}s"] if time_limit is not None else [])]
+        code = several.launched(config, gpus, words, out, resume, max_restarts, as_json)
+        if code == STOPPED:
+            say_how_to_continue(config, out, gpus)
+        elif code not in (0, 2, 4) and saved(out):
+            say(f"{CONTINUE}: {again(config, out, gpus)}")
+        return code
     return distil(config, out, resume, as_json, time_limit)
 
 
 def resume_of_rank(resume: str) -> str:
-    """A rank that is started again goes on where the last checkpoint is, whatever the command said the first time."""
-    return "auto" if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) else resume
+    """A new run whose ranks are started again goes on where the last checkpoint is."""
+    return "auto" if resume == "no" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) else resume
 
 
 def again_words(recipe: str | None, sets: tuple[str, ...], options: dict[str, Any]) -> list[str]:
@@ -147,9 +154,9 @@ def configuration(recipe: str | None, options: dict[str, Any], sets: tuple[str, 
     return config.build(config.merge(values, over), f"'{continued / 'config.json'}' and options")
 
 
-def again(config: RunConfig, out: Path) -> str:
+def again(config: RunConfig, out: Path, gpus: int = 1) -> str:
     """The exact command that continues a run."""
-    words = ["fastkd", "run", "--resume", "--out", str(out)]
+    words = ["fastkd", "run", "--resume", "--out", str(out), *(["--gpus", str(gpus)] if gpus > 1 else [])]
     for part, spec in (("--teacher", config.teacher.spec), ("--student", config.student.spec)):
         if spec and spec.startswith("py:"):
             words += [part, spec]
@@ -174,20 +181,26 @@ def distil(config: RunConfig, out: Path, resume: str, as_json: bool, time_limit:
     else:
         summary.show(outcome.summary, out, outcome.code)
     if outcome.code == STOPPED:
-        say(f"stopped with a checkpoint; continue with: {again(config, out)}")
+        say_how_to_continue(config, out)
     return outcome.code
+
+
+def say_how_to_continue(config: RunConfig, out: Path, gpus: int = 1) -> None:
+    say(f"stopped with a checkpoint; continue with: {again(config, out, gpus)}")
 
 
 def tell_how_to_continue(e: BaseException, how: str, out: Path) -> None:
     """Add the command that continues the run to an error, where there is a checkpoint and the command line was not at fault."""
-    if isinstance(e, FastkdError) and e.exit_code in (2, 4):
-        return
+    if saved(out) and not (isinstance(e, FastkdError) and e.exit_code in (2, 4)):
+        e.add_note(f"{CONTINUE}: {how}")
+
+
+def saved(out: Path) -> bool:
+    """Whether the folder holds a checkpoint."""
     try:
-        saved = any((out / "checkpoints").glob("step-*"))
+        return any((out / "checkpoints").glob("step-*"))
     except OSError:
-        return
-    if saved:
-        e.add_note(f"continue from the last checkpoint with: {how}")
+        return False
 
 
 def plan(config: RunConfig, gpus: int, as_json: bool) -> int:

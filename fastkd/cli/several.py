@@ -11,13 +11,14 @@ from fastkd.cli import guard
 from fastkd.cli.common import emit, say
 from fastkd.cli.follow import Follower
 from fastkd.engine import launch
-from fastkd.errors import CheckpointError, ConfigError, FastkdError
+from fastkd.errors import CheckpointError, ConfigError, exit_code
 
 if TYPE_CHECKING:
     from fastkd.config import RunConfig
 
 GRACE = 120
 """Seconds that ranks have for their checkpoint after a stop signal."""
+STOPPED = 75
 
 
 def on_gpu(config: RunConfig) -> bool:
@@ -33,7 +34,7 @@ def launched(config: RunConfig, gpus: int, words: list[str], out: Path, resume: 
     Args:
       words: the options that decide the run, as every rank gets them.
     Raises:
-      ConfigError: fewer GPUs than asked for, or one named. CheckpointError: nothing to resume.
+      ConfigError: fewer GPUs than asked for, or one named; another run owns the folder. CheckpointError: nothing to resume.
     """
     from fastkd.assemble.execute import nothing_to_resume
     from fastkd.cli import summary, terminal
@@ -43,14 +44,16 @@ def launched(config: RunConfig, gpus: int, words: list[str], out: Path, resume: 
     if resume == "must" and not any((out / "checkpoints").glob("step-*")):
         raise CheckpointError(nothing_to_resume(out))
     folder.prepare(out, resume=resume != "no")
-    command = ["run", "--out", str(out.resolve()), "--resume=auto", *words]
+    folder.refuse_owned(out)
+    # A crash that is not a mistake has its traceback in the log of its rank.
+    command = ["run", "--debug", "--out", str(out.resolve()), f"--resume={'must' if resume == 'must' else 'auto'}", *words]
     with terminal.listener(out) as show, Follower(out, show):
         code = launch.launch(gpus, command, out, max_restarts=max_restarts, grace=GRACE)
     status = events.final(out) or {}
     if status.get("state") == "fatal":
         say(f"fastkd: {status.get('reason')}")
     ended = [e for e in events.read(out / "events.jsonl") if e["kind"] in ("done", "stopped")] if (out / "events.jsonl").exists() else []
-    if ended and code in (0, 75):
+    if ended and code in (0, STOPPED):
         emit({"code": code, "out": str(out), **ended[-1]["summary"]}) if as_json else summary.show(ended[-1]["summary"], out, code)
     return code
 
@@ -80,14 +83,20 @@ def one_of_them(config: RunConfig, out: Path, work: Callable[[], int]) -> int:
     ours = bool(os.environ.get(launch.OURS))
     if ours and events.final(out):
         return 0  # a rank of the attempt before said so
-    try:
-        with launch.joined(on_gpu(config)):
-            code = work()
-    except Exception as e:
-        code = e.exit_code if isinstance(e, FastkdError) else guard.OUT_OF_MEMORY if guard.no_memory(e) else guard.UNEXPECTED
-        if not ours or code == guard.UNEXPECTED:
+
+    def said() -> int:
+        try:
+            return work()
+        except Exception as e:
+            # While the group still stands: when it falls, the others see in status.json that theirs is no crash.
+            if ours and exit_code(e) != guard.UNEXPECTED and events.final(out) is None:
+                events.Events(out).status("fatal", code=exit_code(e), reason=str(e))
             raise
-        if events.final(out) is None:
-            events.Events(out).status("fatal", code=code, reason=str(e))
-        say(f"fastkd: {e}")
-    return 0 if ours else code
+
+    with launch.joined(on_gpu(config)) as own:
+        code = guard.attempted(said)
+        if code not in (0, STOPPED):
+            code = 0 if ours and events.final(out) else code
+            if own:
+                launch.leave(code)
+    return 0 if code == STOPPED and launch.elastic() else code  # torchrun would start a stopped run again

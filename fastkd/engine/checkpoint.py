@@ -73,7 +73,7 @@ def write(
         write_file(temporary / "manifest.json", json.dumps({**manifest, "digest": _digest(manifest)}, indent=1).encode())
         fsync_folder(temporary)
         if final.exists():  # the same step again, e.g. a second stop at one place
-            shutil.rmtree(final)
+            os.rename(final, temporary.with_name(f"{temporary.name}-old"))  # `prune` removes it
         os.rename(temporary, final)
         fsync_folder(folder)
     finally:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ class Events:
         if self.out is None:
             return
         try:
-            write_atomic(self.out / "status.json", json.dumps({"state": state, "time": round(time.time(), 3), **values}).encode())
+            body = json.dumps({"state": state, "time": round(time.time(), 3), **values}).encode()
+            write_atomic(self.out / "status.json", body, writer=f"-{os.getpid()}")  # any rank may say why it ends the run
         except OSError:
             self.lost += 1
 
@@ -64,6 +66,8 @@ class Heartbeat:
     def __call__(self, event: dict[str, Any]) -> None:
         if event["kind"] == "poll" and time.monotonic() - self._last >= self.seconds:
             self._last = time.monotonic()
+            if self.events.out is not None and final(self.events.out):
+                return  # another rank has ended the run; this one is about to notice
             self.events.status("running", **{k: event[k] for k in self.KEPT if k in event})
 
 
@@ -79,13 +83,18 @@ def final(out: Path) -> dict[str, Any] | None:
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """Events of a file; a torn or foreign line is skipped."""
     with open(path, encoding="utf-8", errors="replace") as f:
-        for line in f:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(event, dict) and "kind" in event:
-                yield event
+        yield from parsed(f)
+
+
+def parsed(lines: Iterable[str | bytes]) -> Iterator[dict[str, Any]]:
+    """Events of lines; a torn or foreign one is skipped."""
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and "kind" in event:
+            yield event
 
 
 def curve(path: Path) -> list[dict[str, Any]]:

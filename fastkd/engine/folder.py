@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,37 +66,80 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def owner_lives(lock: dict[str, Any]) -> bool:
-    """Whether the process that a lock names may still run: on another host that is not known, so it may."""
+def _started(pid: int) -> str | None:
+    """When a process began, in the kernel's ticks: tells it from another one that got its number later. None where that is not known."""
     try:
-        return bool(lock["host"] != socket.gethostname() or _alive(int(lock["pid"])))
-    except (KeyError, TypeError, ValueError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def _attempt() -> dict[str, str]:
+    """The job of a scheduler or of torchrun that this process belongs to, and which start of it."""
+    env = os.environ
+    return {
+        "job": env.get("SLURM_JOB_ID") or env.get("TORCHELASTIC_RUN_ID") or "",
+        "start": f"{env.get('SLURM_RESTART_COUNT', '0')}.{env.get('TORCHELASTIC_RESTART_COUNT', '0')}",
+    }
+
+
+def owner_lives(lock: dict[str, Any]) -> bool:
+    """Whether the process that a lock names may still run. On another host it may, unless it belongs to an earlier start of this job."""
+    try:
+        if lock["host"] != socket.gethostname():
+            mine = _attempt()
+            return not (mine["job"] and mine["job"] == lock.get("job") and mine["start"] != lock.get("start"))
+        pid = int(lock["pid"])
+        began = _started(pid)
+        return _alive(pid) and (began is None or lock.get("began") in (None, began))
+    except (KeyError, TypeError, ValueError, AttributeError):
         return False
+
+
+def _owner(path: Path) -> dict[str, Any]:
+    """What a lock holds; empty where it is not there or unreadable. One that is being written gets a moment."""
+    for _ in range(5):
+        try:
+            found = json.loads(path.read_text())
+            return found if isinstance(found, dict) else {}
+        except FileNotFoundError:
+            return {}
+        except (ValueError, OSError):
+            time.sleep(0.1)
+    return {}
+
+
+def refuse_owned(out: Path) -> None:
+    """Refuse a folder in which another run is at work.
+
+    Raises:
+      ConfigError: pid and host of the owner are named.
+    """
+    owner = _owner(out / "lock")
+    if owner_lives(owner):
+        raise ConfigError(
+            f"'{out}' is in use by process {owner.get('pid')} on {owner.get('host')}; "
+            f"wait for it, or remove '{out / 'lock'}' if that run is dead."
+        )
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Own the folder for the duration; the lock of a dead process on this host is taken over.
+    """Own the folder for the duration; the lock of a dead process is taken over.
 
     Raises:
       ConfigError: another run owns it; pid and host are named.
     """
-    path, me = out / "lock", {"pid": os.getpid(), "host": socket.gethostname()}
+    path, pid = out / "lock", os.getpid()
+    me = {"pid": pid, "host": socket.gethostname(), "began": _started(pid), **_attempt()}
     for attempt in range(2):
         try:
             fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
             break
         except FileExistsError:
-            try:
-                owner: dict[str, Any] = json.loads(path.read_text())
-                held = owner_lives(owner)
-            except (ValueError, OSError):
-                owner, held = {}, False
-            if held or attempt:
-                raise ConfigError(
-                    f"'{out}' is in use by process {owner.get('pid')} on {owner.get('host')}; "
-                    f"wait for it, or remove '{path}' if that run is dead."
-                ) from None
+            refuse_owned(out)
+            if attempt:
+                raise
             path.unlink(missing_ok=True)
     with os.fdopen(fd, "w") as f:
         json.dump(me, f)

@@ -14,17 +14,19 @@ import os
 import re
 import signal
 import sys
+import threading
+import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fastkd.errors import ConfigError
 
 LAUNCHERS = ("auto", "torchrun", "slurm", "none")
 OURS = "FASTKD_LAUNCHED"
-"""Set by `launch` for its ranks: exit codes are then the launcher's business."""
+"""Set by `launch` for its ranks to its process id and its start (monotonic seconds): exit codes are then the launcher's business."""
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 TIMEOUT = timedelta(minutes=10)
 _PR_SET_PDEATHSIG = 1
@@ -72,31 +74,56 @@ def first_host(hosts: str) -> str:
 
 
 @contextlib.contextmanager
-def joined(on_gpu: bool) -> Iterator[None]:
-    """Be a rank for the duration: process group, own GPU, and a signal if the launcher dies."""
+def joined(on_gpu: bool) -> Iterator[bool]:
+    """Be a rank for the duration: process group, own GPU, and a signal if the launcher dies. Yields whether the group is ours to end.
+
+    Raises:
+      ConfigError: the variables of the rendezvous are not there.
+    """
     import torch
     import torch.distributed as dist
 
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if on_gpu:  # a scheduler that gives each rank a GPU of its own shows it nothing else
+        torch.cuda.set_device(0 if torch.cuda.device_count() == 1 else int(os.environ.get("LOCAL_RANK", "0")))
     if dist.is_initialized():  # Ray Train: the group is up and is not ours to end
-        yield
+        yield False
         return
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if elastic():
         _die_with_parent()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, store=_store(dist), rank=rank, world_size=world, timeout=TIMEOUT)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield True
+    dist.destroy_process_group()  # all ranks are here; one that came alone, after an error, would wait for the others (NCCL)
+
+
+def leave(code: int) -> NoReturn:
+    """End a rank at once, its process group with it: others may wait in a collective, and the launcher only sees a process that is gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def elastic() -> bool:
+    """Whether torch's elastic launcher, ours or the user's, has started this rank; it starts all ranks again when one leaves with another
+    code than 0."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def time_left(limit: float | None) -> float | None:
+    """What is left of a time limit in seconds: under our launcher it counts from the launcher's start, over all restarts."""
+    if limit is None or OURS not in os.environ:
+        return limit
+    return limit - (time.monotonic() - float(os.environ[OURS].split()[1]))
 
 
 def _store(dist: Any) -> Any:
     """The rendezvous of this attempt. torchrun's agent keeps its store over restarts and its keys carry no attempt number, so a
     restarted rank could read the address of a dead one; a prefix for each attempt keeps them apart."""
     env = os.environ
+    missing = [k for k in ("MASTER_ADDR", "MASTER_PORT") if k not in env]
+    if missing:
+        raise ConfigError(f"RANK and WORLD_SIZE are set and {missing[0]} is not; set it, or give --launcher none to run alone.")
     address, port, first = env["MASTER_ADDR"], int(env["MASTER_PORT"]), env["RANK"] == "0"
     if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = dist.TCPStore(address, port, is_master=False, timeout=TIMEOUT)
@@ -108,6 +135,8 @@ def _die_with_parent() -> None:
     """Ask the kernel for SIGTERM when the launcher is gone, however it went: no rank is orphaned (Linux)."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if OURS in os.environ and os.getppid() != int(os.environ[OURS].split()[0]):  # it died while this process was starting
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 # The launcher ---------------------------------------------------------------------------------------------------------
@@ -121,37 +150,54 @@ def launch(ranks: int, argv: Sequence[str], out: Path, *, max_restarts: int, gra
       out: run folder; the output of rank r lies in out/logs.
       max_restarts: how often all ranks are started again after a crash of one. grace: seconds between a stop signal and SIGKILL.
     Returns:
-      The run's exit code: that of status.json where the ranks ended it, 1 after a crash, 128 + n after a signal.
+      The run's exit code: that of status.json where the ranks ended it, 1 where they left no word, 128 + n after a signal.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, get_args_parser
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # each attempt hosts a store of its own, see `_store`
-    os.environ[OURS] = "1"
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # a job may have a share of them
+    variables = {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cpus // ranks))),
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # each attempt hosts a store of its own, see `_store`
+        OURS: f"{os.getpid()} {time.monotonic()}",
+    }
     (out / "status.json").unlink(missing_ok=True)  # of an earlier start
-    # torchrun's own parser makes the configuration, so that PET_* variables keep working. Port 0: two runs on a host never collide.
-    config, _, _ = config_from_args(
-        get_args_parser().parse_args(
-            [f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
-             f"--rdzv-id={uuid.uuid4().hex}", "-m", "fastkd"]
-        )
-    )  # fmt: skip
-    config.signals_to_handle = SIGNALS
-    if hasattr(config, "shutdown_timeout"):  # not in torch 2.11, whose grace is 30 s
-        config.shutdown_timeout = grace
-    config.logs_specs = DefaultLogsSpecs(log_dir=str(out / "logs"), redirects=Std.ALL, tee=Std.NONE)
-    code = 0
+    code = 1  # unless the ranks say how it ended
     try:
-        elastic_launch(config, sys.executable)("-u", "-m", "fastkd", *argv)
+        with _lent(variables):
+            # torchrun's own parser makes the configuration, so that PET_* variables keep working. Port 0: two runs never collide.
+            words = ["--nnodes=1", f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}", "--rdzv-backend=c10d"]
+            words += ["--rdzv-endpoint=localhost:0", f"--rdzv-id={uuid.uuid4().hex}", "-m", "fastkd"]
+            config, _, _ = config_from_args(get_args_parser().parse_args(words))
+            config.signals_to_handle = SIGNALS
+            if hasattr(config, "shutdown_timeout"):  # not in torch 2.11, whose grace is 30 s
+                config.shutdown_timeout = grace
+            config.logs_specs = DefaultLogsSpecs(log_dir=str(out / "logs"), redirects=Std.ALL, tee=Std.NONE)
+            elastic_launch(config, sys.executable)("-u", "-m", "fastkd", *argv)
     except ChildFailedError as e:
-        code = 1
         sys.stderr.write(first_failure(e, out))
     except SignalException as e:
         code = 128 + int(e.sigval)
     return code_of(out, code)
+
+
+@contextlib.contextmanager
+def _lent(variables: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for the ranks; afterwards this process has its own environment and signal handlers again."""
+    before = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in SIGNALS.split(","))}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def first_failure(error: Any, out: Path) -> str:
@@ -165,9 +211,9 @@ def first_failure(error: Any, out: Path) -> str:
 
 
 def code_of(out: Path, otherwise: int) -> int:
-    """The exit code that the ranks left in status.json; `otherwise` where they left none."""
+    """The exit code that the ranks left in status.json; `otherwise` where they left none but that of a crash."""
     try:
-        status = json.loads((out / "status.json").read_bytes())
-        return int(status["code"])
+        code = int(json.loads((out / "status.json").read_bytes())["code"])
     except (OSError, ValueError, KeyError, TypeError):
         return otherwise
+    return otherwise if code == 1 else code

@@ -76,12 +76,22 @@ def _networks(value: Any) -> list[nn.Module]:
     return [net for v in inner for net in _networks(v)]
 
 
-def run(method: Method, settings: Settings, events: Events, out: Path | None, stop: Stop | None = None, *, resume: bool = False) -> int:
+def run(
+    method: Method,
+    settings: Settings,
+    events: Events,
+    out: Path | None,
+    stop: Stop | None = None,
+    *,
+    resume: bool = False,
+    anew: bool = False,
+) -> int:
     """Walk all epochs of a prepared method.
 
     Args:
       out: run folder, or None to save nothing.
       stop: flag of the stop signals. resume: go on from the newest valid checkpoint in `out` (from the start if there is none).
+      anew: from the start also where all checkpoints are damaged.
     Returns:
       0, or 75 when it stopped early with a checkpoint.
     Raises:
@@ -89,13 +99,18 @@ def run(method: Method, settings: Settings, events: Events, out: Path | None, st
       CheckpointError: nothing there can be resumed, or three saves failed in a row.
     """
     saver = _Saver(method, settings, events, out)
-    (at_epoch, at_step), done = _resume(method, settings, events, out) if resume and out else ((0, 0), 0)
+    (at_epoch, at_step), done = _resume(method, settings, events, out, anew) if resume and out else ((0, 0), 0)
     total = done + sum(1 for e in range(at_epoch, method.epochs) for i, *_ in steps(method, e) if (e, i) >= (at_epoch, at_step))
     clock, began, begun_at, images = Clock(method.device), time.monotonic(), done, 0
     cast = autocast(method.device, settings.precision)
+
+    def asked() -> bool:
+        return bool(ranks.max(torch.tensor(float(bool(stop)))).item())
+
     for epoch in range(at_epoch, method.epochs):
-        epoch_began = time.monotonic()
+        epoch_began, walked = time.monotonic(), 0
         for i, fn, args, occurrence in steps(method, epoch):
+            walked = i + 1
             if (epoch, i) < (at_epoch, at_step):
                 continue
             method.rng.at(settings.seed, epoch, fn.__name__, occurrence)
@@ -105,7 +120,7 @@ def run(method: Method, settings: Settings, events: Events, out: Path | None, st
             method.step_ends()
             done, images = done + 1, images + (0 if fn.eager else method.images_of(fn.phase))  # type: ignore[attr-defined]
             if done % settings.poll == 0:
-                stopping = bool(ranks.max(torch.tensor(float(bool(stop)))).item())
+                stopping = asked()
                 elapsed = max(1e-9, time.monotonic() - began)
                 events.tell(
                     "poll",
@@ -121,10 +136,12 @@ def run(method: Method, settings: Settings, events: Events, out: Path | None, st
             else:
                 stopping = False
             stopping |= settings.max_steps is not None and done - begun_at >= settings.max_steps
-            if stopping or saver.due(done):
-                saver.save((epoch, i + 1), done)
             if stopping:
-                return PREEMPTED
+                return saver.stop((epoch, walked), done)
+            if saver.due(done):
+                saver.save((epoch, walked), done)
+        if asked():  # before the evaluation, which may take longer than a stop signal allows
+            return saver.stop((epoch, walked), done)
         method.rng.at(settings.seed, epoch, "evaluate", 0)
         with clock("evaluation"):
             scores = _evaluate(method, settings)
@@ -143,9 +160,8 @@ def run(method: Method, settings: Settings, events: Events, out: Path | None, st
             wall=round(time.monotonic() - epoch_began, 4),
         )
         saver.best(scores.get("top1"))
-        if bool(ranks.max(torch.tensor(float(bool(stop)))).item()) and epoch + 1 < method.epochs:
-            saver.save((epoch + 1, 0), done)
-            return PREEMPTED
+        if asked() and epoch + 1 < method.epochs:
+            return saver.stop((epoch + 1, 0), done)
     saver.save((method.epochs, 0), done)
     return DONE
 
@@ -176,8 +192,8 @@ def _refuse_non_finite(terms: dict[str, float]) -> None:
             )
 
 
-def _resume(method: Method, settings: Settings, events: Events, out: Path) -> tuple[tuple[int, int], int]:
-    saved = _newest(events, out / "checkpoints")
+def _resume(method: Method, settings: Settings, events: Events, out: Path, anew: bool) -> tuple[tuple[int, int], int]:
+    saved = _newest(events, out / "checkpoints", anew)
     if saved is None:
         return (0, 0), 0
     different = {k: (saved.manifest.get(k), v) for k, v in settings.about.items() if saved.manifest.get(k) != v and k != "world"}
@@ -199,10 +215,16 @@ def _resume(method: Method, settings: Settings, events: Events, out: Path) -> tu
     return saved.position, int(saved.manifest["step"])
 
 
-def _newest(events: Events, folder: Path) -> checkpoint.Saved | None:
+def _newest(events: Events, folder: Path, anew: bool) -> checkpoint.Saved | None:
     """The newest checkpoint that verifies: rank 0 chooses and sets damaged ones aside, the others read the one it chose."""
     said: list[str] = []
-    saved = checkpoint.newest(folder, said) if ranks.rank() == 0 else None
+    try:
+        saved = checkpoint.newest(folder, said) if ranks.rank() == 0 else None
+    except CheckpointError:
+        if not anew:
+            raise
+        saved = None
+        said.append("no checkpoint is left that can be used; the run starts anew")
     for line in said:
         events.write("warning", text=line)
     if ranks.world() == 1:
@@ -269,6 +291,17 @@ class _Saver:
                 f"three checkpoints in a row could not be written to '{self.out}' ({reason}); "
                 "the last good one is intact: make room and use --resume."
             )
+
+    def stop(self, position: tuple[int, int], done: int) -> int:
+        """Save, and the code of a run that was stopped.
+
+        Raises:
+          CheckpointError: nothing could be written and nothing older is there.
+        """
+        self.save(position, done)
+        if self.failed and self.out is not None and not checkpoint.listed(self.out / "checkpoints"):
+            raise CheckpointError(f"stopped at step {done}, and no checkpoint could be written to '{self.out}'; nothing can be continued.")
+        return PREEMPTED
 
     def _student(self) -> dict[str, Tensor]:
         return student_tensors(self.method.student)

@@ -1,4 +1,8 @@
-"""A stop signal or a time limit sets a flag that the loop reads; a second signal leaves at once."""
+"""A stop signal or a time limit sets a flag that the loop reads; a second signal leaves at once, wherever the process stands.
+
+Python runs handlers between two instructions of the main thread only, which may be waiting for a device or another rank. So a thread
+reads the signals' numbers from a pipe that the interpreter writes when they arrive.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+ECHO = 1.0
+"""Seconds in which another signal is the first one come a second way: what stops launcher and ranks alike is handed on by the launcher."""
 SIGNALS = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2") if hasattr(signal, n)]
 
 
@@ -24,9 +30,17 @@ class Stop:
         return self.signal is not None or (self.deadline is not None and time.monotonic() >= self.deadline)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            os._exit(128 + number)
-        self.signal = number
+        self.signal = self.signal or number
+
+    def _listen(self, pipe: int) -> None:
+        first = None
+        while arrived := os.read(pipe, 1):
+            if arrived[0] not in SIGNALS:
+                continue
+            now = time.monotonic()
+            first = now if first is None else first
+            if now - first > ECHO:
+                os._exit(128 + arrived[0])
 
 
 @contextmanager
@@ -40,9 +54,18 @@ def watched(seconds: float | None = None) -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
+    pipe, written = os.pipe()
+    os.set_blocking(written, False)
+    listener = threading.Thread(target=stop._listen, args=(pipe,), daemon=True)
+    listener.start()
+    wakeup = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
     before = {s: signal.signal(s, stop._handle) for s in SIGNALS}
     try:
         yield stop
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
+        signal.set_wakeup_fd(wakeup)
+        os.close(written)
+        listener.join()
+        os.close(pipe)

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from fastkd import models
+from fastkd.cli.follow import Follower
+from fastkd.engine import launch
 from tests.cli.conftest import STUDENT, TINY, one_sentence, sets
 
 
@@ -26,6 +28,44 @@ def test_a_dry_run_of_eight_ranks_is_one_of_them(cli, tmp_path, monkeypatch):
     odd = cli("run", "--dry-run", "--gpus", 8, *sets(*TINY, "method.kd_batch=36"))
     assert odd.exit_code == 2 and "36 rows cannot be dealt to 8 ranks" in one_sentence(odd.stderr)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_rank_is_told_and_what_is_said_of_a_stop(cli, tmp_path, monkeypatch):
+    told = []
+
+    def launched(gpus, argv, out, *, max_restarts, grace):
+        told.append(argv)
+        return 75
+
+    monkeypatch.setattr(launch, "launch", launched)
+    words = ("run", "--gpus", 2, "--device", "cpu", "--out", tmp_path / "a")
+    done = cli(*words, "--time-limit", "12d", "--seed", 3)
+    assert done.exit_code == 75
+    assert f"continue with: fastkd run --resume --out {tmp_path / 'a'} --gpus 2" in done.stderr
+    assert {"--resume=auto", "--seed", "3", "--device", "cpu"} <= set(told[0]) and told[0][-2:] == ["--time-limit", "1036800.000000s"]
+    cli(*words, "--resume=auto", "--time-limit", "0s")
+    assert told[1][-2:] == ["--time-limit", "0.000000s"]
+    (tmp_path / "a" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "a" / "config.json").write_text("{}")
+    cli(*words, "--resume")
+    assert "--resume=must" in told[2]
+
+
+def test_a_folder_in_use_is_refused_before_anything_in_it_changes(cli, tmp_path):
+    (tmp_path / "lock").write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
+    (tmp_path / "status.json").write_text('{"state": "running"}')
+    done = cli("run", "--gpus", 2, "--device", "cpu", "--resume=auto", "--out", tmp_path)
+    assert done.exit_code == 2 and "in use by process 1 on elsewhere" in one_sentence(done.stderr)
+    assert (tmp_path / "status.json").read_text() == '{"state": "running"}'
+
+
+def test_the_launcher_draws_what_is_whole_and_passes_over_a_torn_line(tmp_path):
+    shown = []
+    (tmp_path / "events.jsonl").write_text('{"kind": "before"}\n')
+    with Follower(tmp_path, shown.append):
+        with open(tmp_path / "events.jsonl", "a") as f:
+            f.write('{"kind": "epo{"kind": "lost"}\n{"kind": "epoch", "epoch": 1}\n{"kind": "half"')
+    assert shown == [{"kind": "epoch", "epoch": 1}]
 
 
 def test_two_ranks_from_the_command_line_equal_one(shell, tmp_path):

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 
 from fastkd.engine import launch
 from fastkd.errors import ConfigError
+from tests.cli.conftest import environment
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -52,9 +59,50 @@ def test_first_host_of_a_slurm_list(hosts, first):
 
 @pytest.mark.parametrize(
     ("text", "code"),
-    [('{"state": "preempted", "code": 75}', 75), ('{"state": "done", "code": 0}', 0), ("{", 1), ('{"state": "running"}', 1), (None, 1)],
+    [
+        ('{"state": "preempted", "code": 75}', 75),
+        ('{"state": "done", "code": 0}', 0),
+        ('{"state": "fatal", "code": 6}', 6),
+        ('{"state": "fatal", "code": 1}', 143),
+        ('{"state": "running"}', 143),
+        ("{", 143),
+        (None, 143),
+    ],
 )
 def test_the_exit_code_is_what_the_ranks_left(tmp_path, text, code):
     if text is not None:
         (tmp_path / "status.json").write_text(text)
-    assert launch.code_of(tmp_path, 1) == code
+    assert launch.code_of(tmp_path, 143) == code
+
+
+def test_what_the_ranks_are_given_does_not_stay(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    before, handler = dict(os.environ), signal.getsignal(signal.SIGUSR1)
+    with pytest.raises(KeyError), launch._lent({"OMP_NUM_THREADS": "7", launch.OURS: "1 2.0"}):
+        assert os.environ["OMP_NUM_THREADS"] == "7" and launch.OURS in os.environ
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM"  # as torch's launcher does
+        signal.signal(signal.SIGUSR1, lambda *_: None)
+        raise KeyError
+    assert dict(os.environ) == before and signal.getsignal(signal.SIGUSR1) == handler
+
+
+def test_a_time_limit_counts_from_the_start_of_the_launcher(monkeypatch):
+    monkeypatch.delenv(launch.OURS, raising=False)
+    assert launch.time_left(None) is None and launch.time_left(90.0) == 90.0
+    monkeypatch.setenv(launch.OURS, f"1 {time.monotonic() - 60}")
+    assert launch.time_left(None) is None and launch.time_left(90.0) < 31 and launch.time_left(0.0) < 0
+
+
+def test_a_rank_whose_launcher_died_while_it_started_leaves():
+    code = "from fastkd.engine import launch; launch._die_with_parent()"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(**{launch.OURS: "999999999 0.0"}), timeout=60, check=False)
+    assert done.returncode == -signal.SIGTERM
+    own = subprocess.run([sys.executable, "-c", code], env=environment(**{launch.OURS: f"{os.getpid()} 0.0"}), timeout=60, check=False)
+    assert own.returncode == 0
+
+
+def test_ranks_without_a_rendezvous_are_a_mistake(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ConfigError, match="RANK and WORLD_SIZE are set and MASTER_ADDR is not"), launch.joined(False):
+        pass

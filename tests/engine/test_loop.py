@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
+import threading
 
 import pytest
 import torch
 
 from fastkd.engine import checkpoint, events, loop
-from fastkd.engine.folder import locked, next_numbered, prepare
-from fastkd.engine.signals import watched
+from fastkd.engine.folder import locked, next_numbered, owner_lives, prepare, refuse_owned
+from fastkd.engine.signals import Stop, watched
 from fastkd.errors import CheckpointError, ConfigError, NumericalError, PlaceError
 from tests import small
 
@@ -44,6 +46,23 @@ def test_a_damaged_checkpoint_costs_only_its_steps(tmp_path):
     small.run(resumed, tmp_path, resume=True)
     assert all(torch.equal(a, b) for a, b in zip(whole.student.parameters(), resumed.student.parameters(), strict=True))
     assert any("damaged" in e["text"] for e in events.read(tmp_path / "events.jsonl") if e["kind"] == "warning")
+
+
+def test_where_all_checkpoints_are_damaged_a_run_starts_anew_only_when_it_may(tmp_path):
+    whole = small.prepared("fast")
+    small.run(whole)
+    small.run(small.prepared("fast"), tmp_path, max_steps=11, every_steps=5)
+    for path in checkpoint.listed(tmp_path / "checkpoints"):
+        (path / "manifest.json").write_text("{}")
+    settings = loop.Settings(poll=2, every_minutes=1e6)
+    aside = tmp_path / "copy"
+    shutil.copytree(tmp_path / "checkpoints", aside / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"can be used \(step-.*step-"):
+        loop.run(small.prepared("fast"), settings, events.Events(aside), aside, resume=True)
+    method = small.prepared("fast")
+    assert loop.run(method, settings, events.Events(tmp_path), tmp_path, resume=True, anew=True) == 0
+    assert all(torch.equal(a, b) for a, b in zip(whole.student.parameters(), method.student.parameters(), strict=True))
+    assert any("starts anew" in e["text"] for e in events.read(tmp_path / "events.jsonl") if e["kind"] == "warning")
 
 
 def test_another_configuration_is_refused_by_name(tmp_path):
@@ -78,6 +97,38 @@ def test_a_stop_signal_saves_and_leaves_with_75(tmp_path):
         code = loop.run(method, loop.Settings(poll=1, every_minutes=1e6), events.Events(tmp_path), tmp_path, stop)
     assert code == 75 and checkpoint.newest(tmp_path / "checkpoints", []).manifest["step"] == 1
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_stop_in_the_last_steps_of_an_epoch_does_not_wait_for_the_evaluation(tmp_path):
+    whole = small.prepared("fast")
+    small.run(whole)
+    method, stop = small.prepared("fast"), Stop()
+    stop.signal = signal.SIGTERM
+    code = loop.run(method, loop.Settings(poll=10**6, every_minutes=1e6), events.Events(tmp_path), tmp_path, stop)
+    assert code == 75 and events.curve(tmp_path / "events.jsonl") == []
+    method = small.prepared("fast")
+    assert small.run(method, tmp_path, resume=True) == 0
+    assert [e["epoch"] for e in events.curve(tmp_path / "events.jsonl")] == [0, 1, 2]
+    assert all(torch.equal(a, b) for a, b in zip(whole.student.parameters(), method.student.parameters(), strict=True))
+
+
+def test_a_stop_that_could_save_nothing_does_not_say_75(tmp_path, monkeypatch):
+    def full(*args, **kw):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "write", full)
+    with pytest.raises(CheckpointError, match="stopped at step 2, and no checkpoint could be written"):
+        small.run(small.prepared("fast"), tmp_path, max_steps=2)
+
+
+def test_the_heartbeat_leaves_what_another_rank_has_said(tmp_path):
+    own = events.Events(tmp_path)
+    beat = events.Heartbeat(own, seconds=0.0)
+    beat({"kind": "poll", "epoch": 0, "step": 1})
+    assert json.loads((tmp_path / "status.json").read_text())["step"] == 1
+    own.status("fatal", code=7, reason="no memory on rank 1")
+    beat({"kind": "poll", "epoch": 0, "step": 2})
+    assert events.final(tmp_path)["code"] == 7
 
 
 def test_a_method_that_stops_being_finite_ends_with_a_sentence():
@@ -129,8 +180,31 @@ def test_a_folder_has_one_owner_and_a_dead_one_is_replaced(tmp_path):
         pass
     (tmp_path / "lock").write_text(json.dumps({"pid": 999999999, "host": os.uname().nodename}))
     with locked(tmp_path):
-        assert (tmp_path / "lock").exists()
+        lock = json.loads((tmp_path / "lock").read_text())
+        with pytest.raises(ConfigError, match="in use by"):
+            refuse_owned(tmp_path)
     assert not (tmp_path / "lock").exists()
+    refuse_owned(tmp_path)
+    assert owner_lives(lock) and not owner_lives({**lock, "began": "1"})  # another process had this number before: a container's does
+
+
+def test_a_lock_of_another_host_holds_except_for_a_later_start_of_the_same_job(monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    lock = {"pid": 1, "host": "elsewhere", "began": "5", "job": "77", "start": "0.0"}
+    assert owner_lives(lock) and owner_lives({**lock, "job": ""})
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert owner_lives(lock)  # two steps of one job, in one folder
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert not owner_lives(lock) and owner_lives({**lock, "job": "78"})
+
+
+def test_a_lock_that_is_being_written_is_waited_for(tmp_path):
+    (tmp_path / "lock").write_text("")
+    full = json.dumps({"pid": os.getpid(), "host": os.uname().nodename})
+    threading.Timer(0.15, (tmp_path / "lock").write_text, [full]).start()
+    with pytest.raises(ConfigError, match="in use by"), locked(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize("name", ["muse", "fast", "noise"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -46,6 +47,15 @@ class Ranks:
         newest = max((self.parent / name / "checkpoints").glob("step-*"), key=lambda p: p.name)
         return load_file(newest / "state.safetensors")
 
+    def copy(self, name: str, to: str) -> str:
+        shutil.copytree(self.parent / name, self.parent / to)
+        return to
+
+    def attempts(self, name: str) -> int:
+        """How often the ranks of the last launch were started."""
+        launches = max((self.parent / name / "logs").iterdir(), key=lambda p: p.stat().st_mtime)
+        return len(list(launches.glob("attempt_*")))
+
     def alive(self, name: str) -> list[str]:
         """Command lines of processes that still work on the run."""
         word, found = str(self.parent / name).encode(), []
@@ -76,3 +86,11 @@ def undisturbed(ranks: Ranks) -> str:
     done = ranks.run("undisturbed")
     assert done.returncode == 0, done.stderr
     return "undisturbed"
+
+
+@pytest.fixture(scope="session")
+def stopped(ranks: Ranks) -> str:
+    """The name of a run of two ranks that a time limit stopped at its first step."""
+    done = ranks.run("stopped", "--time-limit", "0s")
+    assert done.returncode == 75, done.stderr
+    return "stopped"

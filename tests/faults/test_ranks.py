@@ -1,4 +1,5 @@
-"""Ranks that die, are stopped, or are not alike: T1, T2, T4, T5, T6 of the fault table, on two CPU ranks."""
+"""Ranks that die, are stopped, or are not alike, checkpoints that are gone: T1, T2, T4, T5, T6, T12, T24, T27 of the fault table, on two
+CPU ranks."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import signal
 
 import pytest
 import torch
+
+from fastkd.engine import checkpoint
 
 pytestmark = pytest.mark.faults
 
@@ -17,7 +20,7 @@ def test_a_killed_rank_is_started_again_and_nothing_is_lost(ranks, undisturbed):
     done = ranks.run("killed", "--max-restarts", 2, plant={"rank": 1, "step": STEP, "do": "kill"})
     assert done.returncode == 0, done.stderr
     assert ranks.student("killed") == ranks.student(undisturbed)
-    assert "continued from step-" in done.stderr
+    assert "continued from step-" in done.stderr and ranks.attempts("killed") == 2
     ranks.nobody_is_left("killed", 5)
 
 
@@ -43,6 +46,17 @@ def test_a_signal_to_the_launcher_saves_and_leaves_with_75(ranks, undisturbed, n
     assert ranks.student(name) == ranks.student(undisturbed)
 
 
+def test_a_second_signal_leaves_at_once_and_what_was_saved_is_whole(ranks, undisturbed):
+    plant = {"rank": 0, "step": STEP, "do": "signal-launcher-twice", "value": int(signal.SIGTERM)}
+    done = ranks.run("twice", plant=plant)  # rank 0 would sleep for ten minutes, rank 1 wait for it
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    ranks.nobody_is_left("twice", 2)
+    said: list[str] = []
+    assert checkpoint.newest(ranks.parent / "twice" / "checkpoints", said).manifest["step"] == 12 and not said
+    assert ranks.run("twice", "--resume").returncode == 0
+    assert ranks.student("twice") == ranks.student(undisturbed)
+
+
 def test_a_killed_launcher_leaves_a_checkpoint_and_no_orphan(ranks, undisturbed):
     done = ranks.run("orphans", plant={"rank": 0, "step": STEP, "do": "kill-launcher"})
     assert done.returncode == -signal.SIGKILL
@@ -63,14 +77,60 @@ def test_a_run_goes_on_with_another_number_of_ranks(ranks, undisturbed):
     assert max(far.values()) < 1e-2 and any(torch.equal(one[k], two[k]) for k in one)
 
 
-def test_a_time_limit_is_a_stop(ranks):
-    done = ranks.run("limit", "--time-limit", "0s")
-    assert done.returncode == 75, done.stderr
-    assert ranks.status("limit")["state"] == "preempted"
+def test_a_time_limit_is_a_stop(ranks, stopped):
+    assert ranks.status(stopped)["state"] == "preempted" and ranks.attempts(stopped) == 1
+    assert checkpoint.newest(ranks.parent / stopped / "checkpoints", []).manifest["step"] == 1
+
+
+def test_without_a_valid_checkpoint_resume_refuses_and_auto_starts_anew(ranks, stopped, undisturbed):
+    for name in (ranks.copy(stopped, "must"), ranks.copy(stopped, "auto")):
+        for path in checkpoint.listed(ranks.parent / name / "checkpoints"):
+            (path / "state.safetensors").write_bytes(b"cut")
+    done = ranks.run("must", "--resume")
+    assert done.returncode == 5, done.stderr
+    assert "no checkpoint in" in done.stderr and "step-00000001: state.safetensors has 3 bytes" in done.stderr
+    assert ranks.attempts("must") == 1
+    done = ranks.run("auto", "--resume=auto")
+    assert done.returncode == 0, done.stderr
+    assert "starts anew" in done.stderr and ranks.student("auto") == ranks.student(undisturbed)
+
+
+TEACHER = """
+import os, torch
+from fastkd import models
+
+def teacher():
+    torch.manual_seed(int(os.environ["RANK"]))
+    return models.build("resnet8", classes=10, channels=1, input_size=32).eval()
+"""
+
+
+def test_ranks_with_different_teachers_are_refused_before_the_first_step(ranks):
+    (ranks.parent / "teacher.py").write_text(TEACHER)
+    facts = ("--classes", 10, "--channels", 1, "--input-size", 32, "--mean", 0.5, "--std", 0.5, "--data", "none")
+    done = ranks.run("unlike", "--teacher", f"py:{ranks.parent / 'teacher.py'}:teacher", "--student", "resnet8", *facts)
+    assert done.returncode == 2, done.stderr
+    assert "the teacher of rank 1 is not that of rank 0" in done.stderr
+    assert ranks.attempts("unlike") == 1 and not (ranks.parent / "unlike" / "checkpoints").exists()
+
+
+def test_one_rank_without_memory_ends_the_run_once_with_its_code(ranks):
+    done = ranks.run("memory", plant={"rank": 1, "step": STEP, "do": "no-memory"})
+    assert done.returncode == 7, done.stderr
+    assert ranks.status("memory") | {"time": 0} == {"state": "fatal", "time": 0, "code": 7, "reason": "planted"}
+    assert ranks.attempts("memory") == 1
+    ranks.nobody_is_left("memory", 5)
+
+
+def test_a_rank_that_crashes_leaves_its_traceback_in_its_log(ranks):
+    done = ranks.run("crash", "--max-restarts", 1, plant={"rank": 1, "step": STEP, "do": "raise"})
+    assert done.returncode == 0 and ranks.attempts("crash") == 2, done.stderr
+    (log,) = (ranks.parent / "crash" / "logs").glob("*/attempt_0/1/stderr.log")
+    assert 'RuntimeError("planted")' in log.read_text()
 
 
 def test_a_mistake_ends_the_run_once_with_its_own_code(ranks):
     done = ranks.run("odd", "--set", "method.batch=33")
     assert done.returncode == 2, done.stderr
     assert "33 rows cannot be dealt to 2 ranks" in done.stderr and "nearest" in done.stderr
-    assert not list((ranks.parent / "odd" / "logs").glob("*/attempt_1"))
+    assert ranks.attempts("odd") == 1

@@ -16,6 +16,13 @@ def act(do, value):
         os.kill(os.getppid(), signal.SIGKILL)
     elif do == "signal-launcher":
         os.kill(os.getppid(), value)
+    elif do == "signal-launcher-twice":
+        os.kill(os.getppid(), value)
+        time.sleep(1.5)
+        os.kill(os.getppid(), value)
+        time.sleep(600)
+    elif do == "no-memory":
+        raise MemoryError("planted")
     elif do == "sleep":
         time.sleep(value)
     elif do == "raise":

@@ -1,0 +1,61 @@
+"""Ranks that the user's own torchrun starts: two launchers, as on two machines, against one process."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastkd import models
+from fastkd.engine import checkpoint
+from tests.cli.conftest import STUDENT, environment, sets
+
+pytestmark = pytest.mark.faults
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return int(s.getsockname()[1])
+
+
+def two_launchers(*words: Any) -> list[str]:
+    """Run with two launchers of a rank each, both of which must end well; what each wrote to stderr."""
+    rendezvous = ("--rdzv-backend", "c10d", "--rdzv-id", uuid.uuid4().hex, "--rdzv-endpoint", f"localhost:{free_port()}")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2"]
+    command = [*torchrun, *rendezvous, "--local-addr", "localhost", "-m", "fastkd", *map(str, words)]
+    both = [subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        ends = [p.communicate(timeout=240)[1] for p in both]
+    finally:
+        for p in both:
+            p.kill()
+    assert [p.returncode for p in both] == [0, 0], ends
+    return ends
+
+
+def state(out: Path) -> dict[str, Any]:
+    return models.load_weights(out / "student.safetensors").state
+
+
+def test_two_launchers_equal_one_process_and_a_stop_is_not_started_again(tmp_path):
+    words = ("run", "--method", "noise", "--device", "cpu", *sets(*STUDENT, "poll=1"))
+    alone = [sys.executable, "-m", "fastkd", *words, "--out", str(tmp_path / "one")]
+    one = subprocess.run(alone, env=environment(), capture_output=True, text=True, timeout=240, check=False)
+    assert one.returncode == 0, one.stderr
+    two = tmp_path / "two"
+    two_launchers(*words, "--resume=auto", "--out", two, "--time-limit", "0s")
+    status = json.loads((two / "status.json").read_text())
+    assert (status["state"], status["code"]) == ("preempted", 75)
+    assert checkpoint.newest(two / "checkpoints", []).manifest["step"] == 1  # a restart would have taken another step
+    ends = two_launchers(*words, "--resume=auto", "--out", two)
+    assert sum("continued from step-00000001" in end for end in ends) == 1
+    assert json.loads((two / "environment.json").read_text())["ranks"] == 2
+    a, b = state(tmp_path / "one"), state(two)
+    assert max(float((a[k].double() - b[k].double()).abs().max()) for k in a) < 1e-4
