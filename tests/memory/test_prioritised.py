@@ -136,7 +136,8 @@ def test_what_does_not_fit_changes_nothing():
     fill(s, [1, 2, 3], [0, 1, 2])
     before = {k: v.clone() for k, v in (*vars(s).items(), *s.columns.items()) if isinstance(v, torch.Tensor)}
     x = torch.rand(2, *SHAPE)
-    for images, priority, label in ((x, torch.ones(2), torch.zeros(1)), (x, torch.ones(1), torch.zeros(2)), (x[..., :1], None, torch.zeros(2))):
+    one, two = torch.ones(1), torch.ones(2)
+    for images, priority, label in ((x, two, one), (x, one, two), (x[..., :1], None, two)):
         with pytest.raises(ValueError, match="must be of shape"):
             s.add(images, priority, label=label)
     s.leaves.fill_(1e20)

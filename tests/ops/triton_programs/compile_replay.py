@@ -23,6 +23,7 @@ for architecture, leaf, store, wide, out in ((80, "*fp32", "*u8", "fp32", "*bf16
         floats = dict.fromkeys(("mean_ptr", "std_ptr", "wy_ptr", "wx_ptr"), "*" + wide)
         types = {**long, **floats, "images_ptr": store, "flip_ptr": "*u8", "lut_ptr": lut, "out_ptr": out}
         # a size of 1 is a constant for Triton
+        one = {"out_height": 1} if blended else {}
         job(gather._gather_kernel, None, architecture, types, HAS_DY=resized, HAS_DX=resized, HAS_FLIP=resized, RESIZED=resized,
-              BLENDED=blended, **({"out_height": 1} if blended else {}), BYTES=store == "*u8", LAST=blended, WIDE=getattr(tl, "float" + wide[2:]), BLOCK=1024)
+              BLENDED=blended, BYTES=store == "*u8", LAST=blended, WIDE=getattr(tl, "float" + wide[2:]), BLOCK=1024, **one)
 print("compiled")
