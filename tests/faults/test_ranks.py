@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 
+from fastkd import models
 from fastkd.engine import checkpoint
 
 pytestmark = pytest.mark.faults
@@ -96,19 +97,25 @@ def test_without_a_valid_checkpoint_resume_refuses_and_auto_starts_anew(ranks, s
 
 
 TEACHER = """
-import os, torch
+import os
 from fastkd import models
 
 def teacher():
-    torch.manual_seed(int(os.environ["RANK"]))
-    return models.build("resnet8", classes=10, channels=1, input_size=32).eval()
+    net, rank = models.build("resnet8", classes=10, channels=1, input_size=32), int(os.environ["RANK"])
+    def moved(net, keys):
+        next(net.parameters()).data.add_(rank)
+
+    net.register_load_state_dict_post_hook(moved)
+    return net
 """
 
 
 def test_ranks_with_different_teachers_are_refused_before_the_first_step(ranks):
     (ranks.parent / "teacher.py").write_text(TEACHER)
+    weights = ranks.parent / "teacher.safetensors"
+    models.save_weights(weights, models.build("resnet8", classes=10, channels=1, input_size=32).state_dict())
     facts = ("--classes", 10, "--channels", 1, "--input-size", 32, "--mean", 0.5, "--std", 0.5, "--data", "none")
-    done = ranks.run("unlike", "--teacher", f"py:{ranks.parent / 'teacher.py'}:teacher", "--student", "resnet8", *facts)
+    done = ranks.run("unlike", "--teacher", f"py:{ranks.parent / 'teacher.py'}:teacher", "--teacher-weights", weights, "--student", "resnet8", *facts)
     assert done.returncode == 2, done.stderr
     assert "the teacher of rank 1 is not that of rank 0" in done.stderr
     assert ranks.attempts("unlike") == 1 and not (ranks.parent / "unlike" / "checkpoints").exists()
