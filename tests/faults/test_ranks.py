@@ -115,7 +115,8 @@ def test_ranks_with_different_teachers_are_refused_before_the_first_step(ranks):
     weights = ranks.parent / "teacher.safetensors"
     models.save_weights(weights, models.build("resnet8", classes=10, channels=1, input_size=32).state_dict())
     facts = ("--classes", 10, "--channels", 1, "--input-size", 32, "--mean", 0.5, "--std", 0.5, "--data", "none")
-    done = ranks.run("unlike", "--teacher", f"py:{ranks.parent / 'teacher.py'}:teacher", "--teacher-weights", weights, "--student", "resnet8", *facts)
+    teacher = ("--teacher", f"py:{ranks.parent / 'teacher.py'}:teacher", "--teacher-weights", weights)
+    done = ranks.run("unlike", *teacher, "--student", "resnet8", *facts)
     assert done.returncode == 2, done.stderr
     assert "the teacher of rank 1 is not that of rank 0" in done.stderr
     assert ranks.attempts("unlike") == 1 and not (ranks.parent / "unlike" / "checkpoints").exists()
