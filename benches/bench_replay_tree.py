@@ -46,12 +46,13 @@ def case(plan: Plan, n: int, batch: int) -> Case:
     leaves, us = leaves.to(plan.device), us.to(plan.device)
 
     def turns(sample: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Call:
-        """A call of the next turn; each backend counts its own."""
-        seen: Counter[str] = Counter()
+        """A call of the next turn; each backend counts its own, anew for each number of threads: the first turn is what is checked."""
+        seen: Counter[tuple[str, int]] = Counter()
 
         def call() -> tuple[Tensor, ...]:
-            turn = seen[ops.backend()] % TURNS
-            seen[ops.backend()] += 1
+            key = (ops.backend(), torch.get_num_threads())
+            turn = seen[key] % TURNS
+            seen[key] += 1
             index, probability = sample(us[turn], written[turn])
             return index.double(), probability
 
