@@ -19,7 +19,7 @@ from fastkd.rng import Rng
 FIELDS: dict[str, Any] = {
     **{"epochs": 3, "warmup": 1, "batch": 12, "kd_batch": 8, "kd_steps": 3, "g_steps": 2, "g_loops": 1, "gwp_loops": 2, "g_life": 2},
     **{"hidden": 16, "nz": 8, "loops": 1, "n_images": 24, "reset_l0_at": 2, "lr": 0.05, "lr_g": 1e-3},
-    **{"init_images": 24, "bank_rows": 30, "bank_draw": 20, "head_width": 6, "adi_period": 1},
+    **{"init_images": 12, "bank_rows": 30, "bank_draw": 20, "head_width": 6, "adi_period": 1},
 }
 """Values for whichever of these fields a method has."""
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -31,10 +31,10 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ),
     ("muse", {"resolutions": (8, 16), "generators": "shared", "kd_pool_choice": "pixels", "aed_cap": 1.0, "pool_quant": "none"}),
     ("nayer", {"batch": 2}),
-    ("fast", {"meta": "reptile", "reptile": 1.0, "generator_name": "g_deep", "meta_latent": True, "redraw_every": 2, "loops": 2}),
+    ("fast", {"meta": "reptile", "reptile": 1.0, "generator_name": "g_deep", "meta_latent": True, "redraw_every": 2, "loops": 2, "epochs": 2}),
     ("fast", {"meta": "none", "pool_select": "last"}),
     ("fast", {"rounds": 3, "epochs": 2, "g_steps": 1}),
-    ("cmi", {"feature_tap": "stage_inputs", "bank_dtype": "fp32", "rounds": 3, "preinverted": "real"}),
+    ("cmi", {"feature_tap": "stage_inputs", "bank_dtype": "fp32", "rounds": 3, "preinverted": True}),
     ("cmi", {"cr": 0.0, "adv": 0.0, "pool_select": "last"}),
     ("deepinversion", {"tv1": 1e-3, "l2": 1e-3, "pool_select": "best", "clip": False}),
     (
