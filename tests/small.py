@@ -21,7 +21,7 @@ FIELDS: dict[str, Any] = {
     **{"iterations": 2, "s_steps": 2, "milestones": (1,)},
     **{"hidden": 16, "nz": 8, "loops": 1, "n_images": 24, "reset_l0_at": 2, "lr": 0.05, "lr_g": 1e-3},
     **{"vae_steps": 1, "replay_batch": 4, "bank_batch": 4, "bank_slots": 2, "push_period": 1, "lr_inner": 0.1},
-    **{"init_images": 24, "bank_rows": 30, "bank_draw": 20, "head_width": 6, "adi_period": 1},
+    **{"init_images": 12, "bank_rows": 30, "bank_draw": 20, "head_width": 6, "adi_period": 1},
 }
 """Values for whichever of these fields a method has."""
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -33,7 +33,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ),
     ("muse", {"resolutions": (8, 16), "generators": "shared", "kd_pool_choice": "pixels", "aed_cap": 1.0, "pool_quant": "none"}),
     ("nayer", {"batch": 2}),
-    ("fast", {"meta": "reptile", "reptile": 1.0, "generator_name": "g_deep", "meta_latent": True, "redraw_every": 2, "loops": 2}),
+    ("fast", {"meta": "reptile", "reptile": 1.0, "generator_name": "g_deep", "meta_latent": True, "redraw_every": 2, "loops": 2, "epochs": 2}),
     ("fast", {"meta": "none", "pool_select": "last"}),
     ("dafl", {"variant": "zju", "aug": "crop_flip", "generator_name": "g_large", "gen_mode_in_kd": "eval"}),
     ("dafl", {"optimiser": "adam", "entropy_log": "ln", "bn_eps": 1e-5, "a": 0.0}),
@@ -47,7 +47,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("mad", {"conditional": True, "norm": 0.1, "mix": "full", "ema_buffers": "copy", "optimiser": "sgd"}),
     ("mad", {"z_shared": True, "ema_update": 2, "g_steps": 2, "beta": 10.0}),
     ("fast", {"rounds": 3, "epochs": 2, "g_steps": 1}),
-    ("cmi", {"feature_tap": "stage_inputs", "bank_dtype": "fp32", "rounds": 3, "preinverted": "real"}),
+    ("cmi", {"feature_tap": "stage_inputs", "bank_dtype": "fp32", "rounds": 3, "preinverted": True}),
     ("cmi", {"cr": 0.0, "adv": 0.0, "pool_select": "last"}),
     ("deepinversion", {"tv1": 1e-3, "l2": 1e-3, "pool_select": "best", "clip": False}),
     (

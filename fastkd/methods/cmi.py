@@ -66,14 +66,14 @@ class Cmi(PoolMethod):
     feature_tap: Literal["auto", "bn_inputs", "stage_inputs", "stage_outputs"] = "auto"
     """what the features are spatial means of; auto: as released, BN inputs, and of a ResNet-34 stage inputs (a comment there intends
     outputs)"""
-    preinverted: Literal["none", "real"] = "none"
-    """real: the pool starts with the run's `real` images, such as a set that was inverted before"""
+    preinverted: bool = False
+    """the pool starts with the run's `real` images, such as a set that was inverted before"""
 
     def check(self) -> None:
         super().check()
         self.check_rounds(self.rounds)
-        if self.preinverted == "real" and self.real is None:
-            raise ConfigError("method.preinverted is 'real', and no images are given; expected --set real=DIR with the pre-inverted set.")
+        if self.preinverted and self.real is None:
+            raise ConfigError("method.preinverted is on, and no images are given; expected --set real=DIR with the pre-inverted set.")
         if self.cr and self.bank_rows < max(self.batch, self.bank_draw):
             least = max(self.batch, self.bank_draw)
             raise ConfigError(f"method.bank_rows is {self.bank_rows}; expected at least batch and bank_draw (nearest: {least}).")
@@ -81,14 +81,14 @@ class Cmi(PoolMethod):
             raise ConfigError("the stages of this teacher are not found; use --set method.feature_tap=bn_inputs.")
 
     def uses_real(self) -> bool:
-        return self.preinverted == "real"
+        return self.preinverted
 
     def build(self) -> None:
         self.build_student()
         self.G = self.generator("g_fast", self.nz, init="normal")
         self.z = self.per_sample(self.batch, self.nz)
         self.opt_g = self.adam(self.G.parameters(), [self.z], lr=self.lr_g, betas=(0.5, 0.999))
-        found = len(self.real) if self.preinverted == "real" else 0
+        found = len(self.real) if self.preinverted else 0
         self.task = self.call(self.shape[-1], self.epochs * self.rounds * self.batch + found)
         self.pool = self.task.pool
         if found:

@@ -178,15 +178,15 @@ def test_a_bank_smaller_than_a_batch_is_refused():
 
 
 def test_pre_inverted_images_start_the_pool():
-    m = small.prepared("cmi", {"preinverted": "real"})
+    m = small.prepared("cmi", {"preinverted": True})
     assert len(m.pool) == 28 and torch.equal(m.pool.images[:28], small.real().images)
     assert m.uses_real() and not small.small("cmi").uses_real()
-    floating = small.prepared("cmi", {"preinverted": "real", "pool_quant": "none"})
+    floating = small.prepared("cmi", {"preinverted": True, "pool_quant": "none"})
     torch.testing.assert_close(floating.pool.images[:28].float(), small.real().images / 255, rtol=1e-3, atol=1e-3)
     given = small.given()
     given.real = None
-    with pytest.raises(ConfigError, match=r"preinverted is 'real', and no images are given"):
-        loop.prepare(small.small("cmi", {"preinverted": "real"}), given)
+    with pytest.raises(ConfigError, match=r"preinverted is on, and no images are given"):
+        loop.prepare(small.small("cmi", {"preinverted": True}), given)
 
 
 def test_student_and_teacher_stand_still_during_synthesis():
