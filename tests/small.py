@@ -33,7 +33,10 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ),
     ("muse", {"resolutions": (8, 16), "generators": "shared", "kd_pool_choice": "pixels", "aed_cap": 1.0, "pool_quant": "none"}),
     ("nayer", {"batch": 2}),
-    ("fast", {"meta": "reptile", "reptile": 1.0, "generator_name": "g_deep", "meta_latent": True, "redraw_every": 2, "loops": 2, "epochs": 2}),
+    (
+        "fast",
+        {"meta": "reptile", "reptile": 1.0, "generator_name": "g_deep", "meta_latent": True, "redraw_every": 2, "loops": 2, "epochs": 2},
+    ),
     ("fast", {"meta": "none", "pool_select": "last"}),
     ("dafl", {"variant": "zju", "aug": "crop_flip", "generator_name": "g_large", "gen_mode_in_kd": "eval"}),
     ("dafl", {"optimiser": "adam", "entropy_log": "ln", "bn_eps": 1e-5, "a": 0.0}),
