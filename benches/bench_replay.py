@@ -15,7 +15,7 @@ from torch import Tensor
 from fastkd import ops
 from fastkd.ops.replay.reference import replay_gather_ref
 
-from . import _png, bench_replay_tree, peers
+from . import _png, _replay_tree, peers
 from ._case import Case, Plan, Provider, compiled, ours, provider
 from ._timing import measure_all
 
@@ -38,7 +38,7 @@ def cases(plan: Plan) -> Iterator[Case]:
             for last in (True, False) if count == threads else (True,):
                 for store in TINY if plan.quick else STORES:
                     yield _labelled(case(plan, *store, last, files=last and count == threads), count)
-            for prioritised in bench_replay_tree.cases(plan):
+            for prioritised in _replay_tree.cases(plan):
                 yield _labelled(prioritised, count)
     finally:
         torch.set_num_threads(threads)
