@@ -232,7 +232,8 @@ def test_upsample_affine(backend, device, shape, dtype, layout, act):
         found.append((y.detach(), *torch.autograd.grad(y, v, gy.to(y.dtype))))
     for ours, eager, truth in zip(*found, strict=True):
         close(ours, eager, truth, floor={torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}.get(dtype))
-    if backend != "reference" and layout in ("nchw", "nhwc") and min(shape[1], shape[2] * shape[3]) > 1:  # else both layouts are one; interpolate chooses by size
+    several = min(shape[1], shape[2] * shape[3]) > 1  # else both layouts are one
+    if backend != "reference" and layout in ("nchw", "nhwc") and several:  # torch's interpolate chooses by size
         kept = torch.contiguous_format if layout == "nchw" else torch.channels_last
         assert all(v.is_contiguous(memory_format=kept) for v in found[0])
 
