@@ -92,15 +92,7 @@ template <class T> __global__ void bn_act_sums_nchw_kernel(const Pass<T> p) {
     j += dj;
     if (j >= p.hw) j -= p.hw, ++i;
   }
-  __shared__ A part[2][kThreads / 32];
-  for (int o = 16; o; o >>= 1) t1 += __shfl_down_sync(~0u, t1, o), t2 += __shfl_down_sync(~0u, t2, o);
-  if (threadIdx.x % 32 == 0) part[0][threadIdx.x / 32] = t1, part[1][threadIdx.x / 32] = t2;
-  __syncthreads();
-  if (threadIdx.x < 2) {
-    double t = 0;
-    for (int w = 0; w < kThreads / 32; ++w) t += part[threadIdx.x][w];
-    p.partial[(2 * g + threadIdx.x) * p.c + ch] = t;
-  }
+  store_block_sums<kThreads>(t1, t2, p.partial + 2 * g * p.c + ch, p.c);
 }
 
 // One block: 32 channels of `per` rows; eight rows at a time.

@@ -102,15 +102,7 @@ template <class T, int V> __global__ void __launch_bounds__(kThreads) bn_fwd_nch
   }
   A t1 = 0, t2 = 0;
   for (int q = 0; q < V; ++q) t1 += s1[q], t2 += s2[q];
-  __shared__ A part[2][kThreads / 32];
-  for (int o = 16; o; o >>= 1) t1 += __shfl_down_sync(~0u, t1, o), t2 += __shfl_down_sync(~0u, t2, o);
-  if (threadIdx.x % 32 == 0) part[0][threadIdx.x / 32] = t1, part[1][threadIdx.x / 32] = t2;
-  __syncthreads();
-  if (threadIdx.x < 2) {
-    double t = 0;
-    for (int w = 0; w < kThreads / 32; ++w) t += part[threadIdx.x][w];
-    p.partial[(2 * g + threadIdx.x) * p.c + ch] = t;
-  }
+  store_block_sums<kThreads>(t1, t2, p.partial + 2 * g * p.c + ch, p.c);
 }
 
 // blockDim: x vectors of channels, y rows at a time; x * y = kThreads.

@@ -1,4 +1,4 @@
-// Small pieces of the CUDA kernels: element types, launch check.
+// Small pieces of the CUDA kernels: element types, vectors, sums over a block, launch check.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -59,6 +59,19 @@ template <class T, class F> void with_vector(int64_t length, std::initializer_li
   if (length % kFull == 0 && bits % 16 == 0) f(Int<kFull>{});
   else if (kHalf > 1 && length % kHalf == 0 && bits % 8 == 0) f(Int<kHalf>{});
   else f(Int<1>{});
+}
+
+// out[0] and out[stride]: the sums of t1 and of t2 over a block of kThreads threads in a row, always in the same order.
+template <int kThreads, class A> __device__ inline void store_block_sums(A t1, A t2, double* out, int64_t stride) {
+  __shared__ A part[2][kThreads / 32];
+  for (int o = 16; o; o >>= 1) t1 += __shfl_down_sync(~0u, t1, o), t2 += __shfl_down_sync(~0u, t2, o);
+  if (threadIdx.x % 32 == 0) part[0][threadIdx.x / 32] = t1, part[1][threadIdx.x / 32] = t2;
+  __syncthreads();
+  if (threadIdx.x < 2) {
+    double t = 0;
+    for (int w = 0; w < kThreads / 32; ++w) t += part[threadIdx.x][w];
+    out[threadIdx.x * stride] = t;
+  }
 }
 
 template <class F> void with_type(int dtype, const F& f) {
