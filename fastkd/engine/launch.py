@@ -202,12 +202,35 @@ def _lent(variables: Mapping[str, str]) -> Iterator[None]:
 
 def first_failure(error: Any, out: Path) -> str:
     """Which rank failed first, how, and the end of its log; the other ranks' failures are its consequence."""
-    rank, failure = error.get_first_failure()
+    rank, failure = first_of(error.failures, {rank: _log(out, rank) for rank in error.failures})
     how = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-    logs = sorted((out / "logs").glob(f"**/{rank}/stderr.log"), key=lambda p: p.stat().st_mtime)
-    lines = logs[-1].read_text(encoding="utf-8", errors="replace").splitlines()[-20:] if logs else []
-    where = f" (its log: {logs[-1]})" if logs else ""
+    log = _log(out, rank)
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:] if log else []
+    where = f" (its log: {log})" if log else ""
     return "\n".join([f"rank {rank} failed first, with {how}{where}:", *(f"  {line}" for line in lines), ""])
+
+
+def first_of(failures: Mapping[int, Any], logs: Mapping[int, Path | None]) -> tuple[int, Any]:
+    """(rank, failure) that the others follow from. torch's times are whole seconds, and a lost peer is noticed within one.
+
+    Within a second, what no peer can cause comes first (SIGKILL, SIGSEGV, …), then exits and aborts (NCCL's watchdog aborts) in the
+    order of the logs' last words, then SIGTERM, with which the launcher ends the rest.
+    """
+    earliest = min(f.timestamp for f in failures.values())
+
+    def order(rank: int) -> tuple[bool, int, int]:
+        f, log = failures[rank], logs[rank]
+        kind = 2 if f.exitcode == -signal.SIGTERM else 0 if f.exitcode < 0 and f.exitcode != -signal.SIGABRT else 1
+        return f.timestamp > earliest + 1, kind, log.stat().st_mtime_ns if log else 0
+
+    rank = min(failures, key=order)
+    return rank, failures[rank]
+
+
+def _log(out: Path, rank: int) -> Path | None:
+    """What a rank last wrote to stderr."""
+    logs = (out / "logs").glob(f"**/{rank}/stderr.log")
+    return max(logs, key=lambda p: p.stat().st_mtime, default=None)
 
 
 def code_of(out: Path, otherwise: int) -> int:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -106,3 +107,28 @@ def test_ranks_without_a_rendezvous_are_a_mistake(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(ConfigError, match="RANK and WORLD_SIZE are set and MASTER_ADDR is not"), launch.joined(False):
         pass
+
+
+KILL, TERM, ABORT = -signal.SIGKILL, -signal.SIGTERM, -signal.SIGABRT
+
+
+@pytest.mark.parametrize(
+    ("failures", "first"),
+    [  # rank: (exit code, torch's seconds, last word in its log)
+        ({0: (1, 50, 7), 1: (KILL, 50, 5)}, 1),  # the peer of a killed rank loses its connection
+        ({0: (1, 50, 5), 1: (KILL, 51, 9)}, 1),  # seen across the turn of a second
+        ({0: (1, 50, 7), 1: (1, 50, 6)}, 1),  # two tracebacks: the earlier one
+        ({0: (ABORT, 50, 7), 1: (1, 50, 6)}, 1),  # the watchdog aborts what waits for a failed rank
+        ({0: (TERM, 50, 5), 1: (1, 50, 6)}, 1),  # the launcher ends the rest
+        ({0: (1, 50, 5), 1: (KILL, 170, 6)}, 0),  # it did not end within its grace
+    ],
+)
+def test_the_rank_that_failed_first_is_named(tmp_path, failures, first):
+    logs = {}
+    for rank, (_, _, word) in failures.items():
+        logs[rank] = tmp_path / f"{rank}.log"
+        logs[rank].touch()
+        os.utime(logs[rank], (word, word))
+    errors = {rank: SimpleNamespace(exitcode=code, timestamp=at) for rank, (code, at, _) in failures.items()}
+    assert launch.first_of(errors, logs)[0] == first
+    assert launch.first_of(errors, dict.fromkeys(errors))[0] in errors  # no log at all

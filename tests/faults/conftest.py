@@ -26,8 +26,9 @@ class Ranks:
         self.parent = parent
 
     def command(self, name: str, *words: Any, gpus: int = 2) -> list[str]:
-        run = ["run", "--gpus", gpus, "--device", "cpu", "--out", self.parent / name, *words]
-        return [sys.executable, "-m", "fastkd", *map(str, run), *sets(*TINY, "poll=1", "checkpoint.every_steps=4")]
+        run = ["run", "--gpus", gpus, "--device", "cpu", "--out", self.parent / name]
+        run += [*sets(*TINY, "poll=1", "checkpoint.every_steps=4"), *words]  # of two settings the last one counts
+        return [sys.executable, "-m", "fastkd", *map(str, run)]
 
     def run(self, name: str, *words: Any, gpus: int = 2, plant: dict[str, Any] | None = None, limit: float = 240) -> Any:
         env = environment(PLANT=json.dumps(plant)) if plant else environment()
