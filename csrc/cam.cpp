@@ -11,26 +11,6 @@ namespace {
 
 constexpr int kBlock = 4 * kLanes;  // cells whose sums fit in registers
 
-// Memory of its own; not std::vector, whose functions are no unnamed namespace's (see cpu_vec.h).
-template <class X> struct Buffer {
-  X* const data;
-  explicit Buffer(int64_t n) : data(new X[n]) {}
-  Buffer(const Buffer&) = delete;
-  ~Buffer() { delete[] data; }
-};
-
-// 0..n-1 in whole vectors, the last one moved back over its neighbour; element by element where there is not one vector.
-// For work that may be done twice.
-template <class Block, class One> inline void cover(int64_t n, const Block& block, const One& one) {
-  if (n < kLanes) {
-    for (int64_t j = 0; j < n; ++j) one(j);
-    return;
-  }
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) block(j);
-  if (j < n) block(n - kLanes);
-}
-
 // Sum of the lanes, as a tree: halves added to halves.
 template <class A> inline A total(const V<A>& v) {
   typedef A Eight __attribute__((vector_size(8 * sizeof(A))));

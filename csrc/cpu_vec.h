@@ -8,7 +8,7 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#ifdef __F16C__
+#if defined(__F16C__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -151,6 +151,41 @@ inline void vstore(Half* p, const V<float>& v) {
   }
 }
 
+// Sixteen bytes as floats, and multiply-adds with one rounding: a * b + c, c - a * b. Where the processor has none, nobody asks.
+#if defined(__AVX512F__) || defined(__FMA__)
+#define FASTKD_FMA
+inline V<float> vload(const uint8_t* p) {
+  using V = fastkd::V<float>;
+  V v;
+#ifdef __AVX512F__
+  v.r[0] = (V::R)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#else
+  FASTKD_EACH v.r[i] = (V::R)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + i * V::kWide))));
+#endif
+  return v;
+}
+inline V<float> fma(const V<float>& a, const V<float>& b, const V<float>& c) {
+  using V = fastkd::V<float>;
+  V o;
+#ifdef __AVX512F__
+  FASTKD_EACH o.r[i] = (V::R)_mm512_fmadd_ps((__m512)a.r[i], (__m512)b.r[i], (__m512)c.r[i]);
+#else
+  FASTKD_EACH o.r[i] = (V::R)_mm256_fmadd_ps((__m256)a.r[i], (__m256)b.r[i], (__m256)c.r[i]);
+#endif
+  return o;
+}
+inline V<float> fnma(const V<float>& a, const V<float>& b, const V<float>& c) {
+  using V = fastkd::V<float>;
+  V o;
+#ifdef __AVX512F__
+  FASTKD_EACH o.r[i] = (V::R)_mm512_fnmadd_ps((__m512)a.r[i], (__m512)b.r[i], (__m512)c.r[i]);
+#else
+  FASTKD_EACH o.r[i] = (V::R)_mm256_fnmadd_ps((__m256)a.r[i], (__m256)b.r[i], (__m256)c.r[i]);
+#endif
+  return o;
+}
+#endif
+
 // X is a scalar or one register. NaN passes through forward and backward as in torch: every comparison is false for it.
 template <int kAct, class A, class X> inline X act_one(X pre, A slope) {
   const X zero = X{} + A(0), six = X{} + A(6);
@@ -183,6 +218,26 @@ template <int kAct, class A> inline V<A> act_grad(const V<A>& pre, const V<A>& g
   V o;
   FASTKD_EACH o.r[i] = act_grad_one<kAct, A, typename V::R>(pre.r[i], g.r[i], slope);
   return o;
+}
+
+// Memory of its own; not std::vector, whose functions are no unnamed namespace's (see above).
+template <class X> struct Buffer {
+  X* const data;
+  explicit Buffer(int64_t n) : data(new X[n]) {}
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { delete[] data; }
+};
+
+// 0..n-1 in whole vectors, the last one moved back over its neighbour; element by element where there is not one vector.
+// For work that may be done twice.
+template <class Block, class One> inline void cover(int64_t n, const Block& block, const One& one) {
+  if (n < kLanes) {
+    for (int64_t j = 0; j < n; ++j) one(j);
+    return;
+  }
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) block(j);
+  if (j < n) block(n - kLanes);
 }
 
 // Independent units of work over `threads` threads; who runs a unit never changes its result.

@@ -1,8 +1,11 @@
 // CPU kernel of the gather: parallel over images, one pass over the output.
 // A byte becomes a result by a table of 256 entries a channel, which Python fills by the reference's own arithmetic: the result has
-// the reference's bits in every output type. Other stores are normalised with (x - mean) / std, and so are blended pixels.
+// the reference's bits in every output type. Where multiply-adds give all entries of the table, they take its place, a vector of
+// bytes at a time. Other stores are normalised with (x - mean) / std, and so are blended pixels.
 #include "cpu_kernels.h"
 #include "cpu_vec.h"
+
+#include <type_traits>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -26,6 +29,104 @@ void huge_pages(void* p, int64_t bytes) {
 template <class O> struct Norm { using type = float; };
 template <> struct Norm<double> { using type = double; };
 
+#ifdef FASTKD_FMA
+template <class Out> constexpr bool kFused = !std::is_same<Out, double>::value;
+#else
+template <class Out> constexpr bool kFused = false;
+#endif
+
+template <class Out, bool = kFused<Out>> struct Fused {
+  Fused(const GatherParams&, bool) {}
+};
+
+#ifdef FASTKD_FMA
+// The table as arithmetic: (byte / 255 - mean) / std with correctly rounded quotients, each a product and one correction by
+// multiply-adds (Markstein, IBM J. Res. Dev. 34(1), 1990). `same` tells whether that gives every entry of the table.
+template <class Out> struct Fused<Out, true> {
+  const Out* lut;
+  int64_t channels;
+  bool same;
+  Buffer<float> mean, std, rate;  // repeated, so that a vector can begin at any channel
+
+  Fused(const GatherParams& p, bool wanted)
+      : lut(static_cast<const Out*>(p.lut)), channels(wanted ? p.channels : 0), same(wanted), mean(channels + kLanes), std(channels + kLanes), rate(channels + kLanes) {
+    for (int64_t i = 0; wanted && i < channels + kLanes; ++i) {
+      mean.data[i] = static_cast<const float*>(p.mean)[i % channels], std.data[i] = static_cast<const float*>(p.std)[i % channels];
+      rate.data[i] = 1.0f / std.data[i];
+    }
+    uint8_t bytes[256];
+    Out out[256];
+    for (int i = 0; i < 256; ++i) bytes[i] = uint8_t(i);
+    for (int64_t c = 0; c < channels && same; ++c) {
+      const V<float> m = V<float>::all(mean.data[c]), s = V<float>::all(std.data[c]), r = V<float>::all(rate.data[c]);
+      for (int i = 0; i < 256; i += kLanes) vstore(out + i, value(vload(bytes + i), m, s, r));
+      same = memcmp(out, lut + c * 256, sizeof out) == 0;
+    }
+  }
+
+  static V<float> value(const V<float>& byte, const V<float>& mean, const V<float>& std, const V<float>& rate) {
+    const V<float> all = V<float>::all(255.0f), part = V<float>::all(1.0f / 255.0f);
+    V<float> v = byte * part;
+    v = fma(fnma(v, all, byte), part, v);
+    const V<float> t = v - mean;
+    v = t * rate;
+    return fma(fnma(v, std, t), rate, v);
+  }
+
+  // n bytes of channel c.
+  void one(const uint8_t* from, int64_t n, int64_t c, Out* to) const {
+    const V<float> m = V<float>::all(mean.data[c]), s = V<float>::all(std.data[c]), r = V<float>::all(rate.data[c]);
+    cover(n, [&](int64_t k) { vstore(to + k, value(vload(from + k), m, s, r)); }, [&](int64_t k) { to[k] = lut[c * 256 + from[k]]; });
+  }
+  // n bytes, pixel after pixel; kC: channels if known, else 0.
+  template <int kC> void all(const uint8_t* from, int64_t n, Out* to) const {
+    const int64_t period = kC ? kC : channels;
+    cover(n,
+          [&](int64_t k) {
+            const int64_t c = k % period;
+            vstore(to + k, value(vload(from + k), vload(mean.data + c), vload(std.data + c), vload(rate.data + c)));
+          },
+          [&](int64_t k) { to[k] = lut[k % period * 256 + from[k]]; });
+  }
+};
+#endif
+
+#ifdef __AVX2__
+// at[c][i]: which bytes of the i-th register of 16 pixels belong to channel c, and where; 0x80 makes zero.
+struct Thirds {
+  uint8_t at[3][3][16];
+  constexpr Thirds() : at() {
+    for (int c = 0; c < 3; ++c)
+      for (int i = 0; i < 3; ++i)
+        for (int k = 0; k < 16; ++k) {
+          const int byte = 3 * k + c - 16 * i;
+          at[c][i][k] = byte >= 0 && byte < 16 ? uint8_t(byte) : uint8_t(0x80);
+        }
+  }
+};
+constexpr Thirds kThirds;
+#endif
+
+// A row of pixels to one row a channel.
+template <int kC> inline void split(const uint8_t* from, int64_t w, int64_t channels, uint8_t* to) {
+  int64_t j = 0;
+#ifdef __AVX2__
+  if constexpr (kC == 3) {
+    for (; j + 16 <= w; j += 16, from += 48) {
+      __m128i in[3];
+      for (int i = 0; i < 3; ++i) in[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from) + i);
+      for (int c = 0; c < 3; ++c) {
+        __m128i out = _mm_setzero_si128();
+        for (int i = 0; i < 3; ++i) out = _mm_or_si128(out, _mm_shuffle_epi8(in[i], _mm_loadu_si128(reinterpret_cast<const __m128i*>(kThirds.at[c][i]))));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + c * w + j), out);
+      }
+    }
+  }
+#endif
+  for (; j < w; ++j, from += channels)
+    for (int64_t c = 0; c < channels; ++c) to[c * w + j] = from[c];
+}
+
 // kC: channels if known, else 0; kLast: channels_last output.
 template <class In, class Out, int kC, bool kLast> struct Gather {
   using A = typename Norm<Out>::type;
@@ -33,6 +134,7 @@ template <class In, class Out, int kC, bool kLast> struct Gather {
   const GatherParams& p;
   const int64_t channels = kC ? kC : p.channels, plane = kLast ? 1 : p.out_height * p.out_width, step = kLast ? channels : 1;
   const A *mean = static_cast<const A*>(p.mean), *std = static_cast<const A*>(p.std);
+  const Fused<Out>* fused = nullptr;
 
   void put(Out* o, In v, int64_t c) const {
     if constexpr (kBytes) o[c * plane] = static_cast<const Out*>(p.lut)[c * 256 + v];
@@ -74,22 +176,59 @@ template <class In, class Out, int kC, bool kLast> struct Gather {
     return row && q >= 0 && q < p.width ? row + q * channels : nullptr;
   }
 
-  void plain(const Image& m, Out* out) const {
+  // Rows of a cropped, mirrored image: where they lie in the store, or made in `space`. Output columns [from, to) read columns of the
+  // image; the others are black, which they stay from row to row.
+  struct Lines {
+    const Gather& g;
+    const Image& m;
+    int64_t from, to;
+    In *space, *black;  // [width * channels, and one element] each
+
+    Lines(const Gather& g, const Image& m, In* space) : g(g), m(m), space(space), black(space + g.p.width * g.channels + 1) {
+      const int64_t w = g.p.width, j0 = m.flip ? m.right : -m.right, j1 = j0 + w;
+      from = least(w, j0 > 0 ? j0 : 0), to = j1 < w ? (j1 > from ? j1 : from) : w;
+      memset(space, 0, size_t(2 * (w * g.channels + 1)) * sizeof(In));
+    }
+    const In* operator()(int64_t i) const {
+      const In* src = g.row(m, i);
+      if (!src || from == to) return black;
+      if (!m.flip && !m.right) return src;
+      if (m.flip) g.mirror(space + from * g.channels, g.at(m, src, from), to - from, to < g.p.width);
+      else memcpy(space + from * g.channels, g.at(m, src, from), size_t((to - from) * g.channels) * sizeof(In));
+      return space;
+    }
+  };
+
+  // Pixels from right to left, black behind them if asked for. Three bytes are moved as four, the fourth is overwritten by the next
+  // pixel; the first pixel is moved by itself, as it may be the last of the store.
+  void mirror(In* to, const In* from, int64_t pixels, bool black) const {
+    for (int64_t c = 0; c < channels; ++c) to[c] = from[c];
+    to += channels, from -= channels, --pixels;
+    if constexpr (kBytes && kC == 3)
+      for (; pixels > 0; --pixels, to += 3, from -= 3) memcpy(to, from, 4);
+    else
+      for (; pixels > 0; --pixels, to += channels, from -= channels)
+        for (int64_t c = 0; c < channels; ++c) to[c] = from[c];
+    if (black) *to = In{};
+  }
+
+  void plain(const Image& m, Out* out, In* space) const {
     const int64_t w = p.width;
-    // Output columns [from, to) read columns of the image; the others are black.
-    const int64_t j0 = m.flip ? m.right : -m.right, j1 = j0 + w, from = least(w, j0 > 0 ? j0 : 0), to = j1 < w ? (j1 > from ? j1 : from) : w;
+    const Lines lines(*this, m, space);
     for (int64_t i = 0; i < p.height; ++i, out += w * step) {
-      const In* src = row(m, i);
-      const int64_t a = src ? from : w, z = src ? to : w;
-      for (int64_t j = 0; j < a; ++j) black(out + j * step);
-      if (a < z) {
-        const In* s = at(m, src, a);
-        if (!m.flip)
-          for (int64_t j = a; j < z; ++j, s += channels) pixel(out + j * step, s);
-        else
-          for (int64_t j = a; j < z; ++j, s -= channels) pixel(out + j * step, s);
+      const In* r = lines(i);
+      if constexpr (kBytes && kFused<Out>) {
+        if (fused->same) {
+          if constexpr (kLast) fused->template all<kC>(r, w * channels, out);
+          else {
+            In* planes = space + 2 * (w * channels + 1);
+            split<kC>(r, w, channels, planes);
+            for (int64_t c = 0; c < channels; ++c) fused->one(planes + c * w, w, c, out + c * plane);
+          }
+          continue;
+        }
       }
-      for (int64_t j = z; j < w; ++j) black(out + j * step);
+      for (int64_t j = 0; j < w; ++j) pixel(out + j * step, r + j * channels);
     }
   }
 
@@ -106,14 +245,17 @@ template <class In, class Out, int kC, bool kLast> struct Gather {
     }
   }
 
-  void run(int threads) const {
+  void run(int threads) {
+    const Fused<Out> table(p, kBytes && !p.y && p.mean);
+    fused = &table;
     huge_pages(p.out, p.batch * p.out_height * p.out_width * channels * int64_t(sizeof(Out)));
     parallel(p.batch, threads, [&](int64_t b) {
       const Image m{static_cast<const In*>(p.images) + p.index[b] * p.stride, p.dy ? p.dy[b] - p.pad : 0, p.dx ? p.dx[b] - p.pad : 0,
                     p.flip && p.flip[b]};
       Out* out = static_cast<Out*>(p.out) + b * p.out_height * p.out_width * channels;
-      if (p.y) resized(m, out);
-      else plain(m, out);
+      if (p.y) return resized(m, out);
+      Buffer<In> space(3 * (p.width * channels + 1));
+      plain(m, out, space.data);
     });
   }
 };

@@ -15,7 +15,7 @@ struct GatherParams {
   const uint8_t* flip;   // [batch] or null
   // Small values are float, double for a double output.
   const void* lut;       // bytes: [channels, 256] in out_dtype, what each byte becomes; blended: [256], its float; else null
-  const void* mean;      // [channels], or null with a lut that is the result
+  const void* mean;      // [channels]; with a lut that is the result: how it was made, or null
   const void* std;
   const int64_t* y;      // [out_height] rows to sample, or null: nothing is resized
   const int64_t* x;      // [out_width]

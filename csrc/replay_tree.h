@@ -50,7 +50,7 @@ struct TreeUpdateParams {
   const int64_t* index;  // [entries]
   const void* value;     // [entries]
   const int64_t* order;  // CPU, max and mean: [entries], the entries with those of one row side by side; else null
-  int64_t* refused;      // GPU: [], zeroed by the caller; on the CPU Python has looked
+  int64_t* refused;      // [], zeroed by the caller: entries that are left out; on the CPU one such entry leaves out all
   int duplicates;
 };
 

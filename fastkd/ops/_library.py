@@ -59,8 +59,8 @@ def define(
         _LIBRARY.impl(name, run, key)
     torch.library.register_fake(f"fastkd::{name}", fake, lib=_LIBRARY)
     registered = getattr(torch.ops.fastkd, name).default
-    if "!" in schema:  # it writes into its arguments: never differentiated, and functionalised by the dispatcher
-        return registered
+    if "!" in schema:
+        return _writing(registered, run, [i for i, a in enumerate(schema.partition("(")[2].split(",")) if "!" in a])
     refuse = _refuse(name.removesuffix("_bwd"))
     torch.library.register_autograd(f"fastkd::{name}", backward or refuse, setup_context=save, lib=_LIBRARY)
     differentiable = _function(name, run, backward, save) if backward and save else None
@@ -71,6 +71,22 @@ def define(
         if not torch.is_grad_enabled() or not any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return run(*args)
         return registered(*args) if differentiable is None else differentiable.apply(*args)
+
+    return call
+
+
+def _writing(registered: Callable[..., Any], run: Callable[..., Any], written: list[int]) -> Callable[..., Any]:
+    """An op that writes into its arguments: never differentiated, and functionalised by the dispatcher. Without it in plain eager mode,
+    where what it wrote must still count as changed for whoever saved it for a backward."""
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or _watched(args):
+            return registered(*args)
+        out = run(*args)
+        for i in written:
+            if not args[i].is_inference():
+                torch.autograd.graph.increment_version(args[i])
+        return out
 
     return call
 

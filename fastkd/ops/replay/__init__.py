@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._library import choose
-from . import registered as _registered  # noqa: F401  (defines the ops)
+from . import registered as _registered
 from .reference import replay_gather_ref
 
 MODES = ("bilinear", "nearest")
@@ -81,6 +81,4 @@ def replay_gather(
     last = memory_format == torch.channels_last
     if choose("replay_gather", images) == "reference":
         return replay_gather_ref(images, index, dy, dx, flip, pad, mean, std, size, mode, last, dtype)
-    return torch.ops.fastkd.replay_gather(  # type: ignore[no-any-return]
-        images, index, dy, dx, flip, pad, mean, std, size, mode, last, dtype
-    )
+    return _registered.gather(images, index, dy, dx, flip, pad, mean, std, size, mode, last, dtype)  # type: ignore[no-any-return]

@@ -55,7 +55,7 @@ def _no_gradient(ctx: Any, grad: Tensor) -> NoReturn:
     raise ValueError("replay_gather computes no gradient; pass a store, mean and std that do not require one")
 
 
-define(
+gather = define(
     "replay_gather(Tensor images, Tensor index, Tensor? dy, Tensor? dx, Tensor? flip, SymInt pad, Tensor? mean, Tensor? std,"
     " SymInt[]? size, str mode, bool channels_last, ScalarType dtype) -> Tensor",
     _gather,

@@ -19,15 +19,15 @@ class Values:
 
     Attributes:
       blended: the result is resized bilinearly.
-      lut: see above, or None for a floating store. mean, std: [C] wide, or None with a lut [C, 256].
+      lut: see above, or None for a floating store. mean, std: [C] wide.
       y, wy, x, wx: [out] int64 lower sample and wide weight of the next one, of rows and columns; None where nothing is resized.
     """
 
     blended: bool
     wide: torch.dtype
     lut: Tensor | None
-    mean: Tensor | None
-    std: Tensor | None
+    mean: Tensor
+    std: Tensor
     y: Tensor | None = None
     wy: Tensor | None = None
     x: Tensor | None = None
@@ -43,8 +43,8 @@ def values(
     axes: list[Tensor] = []
     for stored, out in zip(images.shape[1:3], size or (), strict=False):
         axes += taps(stored, out, mode, wide, images.device)
+    own = tuple(tiny(v, wide, fill, images).contiguous() for v, fill in ((mean, 0.0), (std, 1.0)))
     if bytes_ and not blended:
-        return Values(blended, wide, shades(images, mean, std, dtype), None, None, *axes)
+        return Values(blended, wide, shades(images, mean, std, dtype), *own, *axes)
     lut = torch.arange(256, device=images.device).to(wide) / 255 if bytes_ else None
-    mean, std = (tiny(v, wide, fill, images).contiguous() for v, fill in ((mean, 0.0), (std, 1.0)))
-    return Values(blended, wide, lut, mean, std, *axes)
+    return Values(blended, wide, lut, *own, *axes)

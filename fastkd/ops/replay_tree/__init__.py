@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import registered as _registered  # noqa: F401  (defines the ops)
+from . import registered as _registered
 from .reference import size
 
 DUPLICATES = ("last", "max", "mean")
@@ -26,7 +26,7 @@ def philox_uniform(key: Tensor, n: int) -> Tensor:
       ValueError: a key of another shape or dtype, or a negative n.
     """
     _check_key(key, n)
-    return torch.ops.fastkd.philox_uniform(key, n)  # type: ignore[no-any-return]
+    return _registered.uniform(key, n)  # type: ignore[no-any-return]
 
 
 def replay_sums(leaves: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def replay_sums(leaves: Tensor) -> Tensor:
       asked, such a leaf makes the sums over it NaN, and with them every probability.
     """
     _check_leaves(leaves)
-    return torch.ops.fastkd.replay_sums(leaves)  # type: ignore[no-any-return]
+    return _registered.sums(leaves)  # type: ignore[no-any-return]
 
 
 def replay_sample(
@@ -80,10 +80,10 @@ def replay_sample(
     if u is not None:
         if u.dim() != 1 or not u.is_floating_point():
             raise ValueError(f"u must be floating point [B], found {u.dtype} of shape {tuple(u.shape)}")
-        return torch.ops.fastkd.replay_sample(leaves, sums, u, None, u.shape[0])  # type: ignore[no-any-return]
+        return _registered.sample(leaves, sums, u, None, u.shape[0])  # type: ignore[no-any-return]
     assert key is not None and n is not None
     _check_key(key, n)
-    return torch.ops.fastkd.replay_sample(leaves, sums, None, key, n)  # type: ignore[no-any-return]
+    return _registered.sample(leaves, sums, None, key, n)  # type: ignore[no-any-return]
 
 
 def replay_update(leaves: Tensor, sums: Tensor, index: Tensor, value: Tensor, *, duplicates: str = "last") -> Tensor:
@@ -115,7 +115,7 @@ def replay_update(leaves: Tensor, sums: Tensor, index: Tensor, value: Tensor, *,
         raise ValueError("value requires a gradient, which this op does not compute; pass value.detach()")
     if duplicates not in DUPLICATES:
         raise ValueError(f"unknown duplicates '{duplicates}'; expected one of {', '.join(DUPLICATES)}")
-    return torch.ops.fastkd.replay_update(leaves, sums, index, value, duplicates)  # type: ignore[no-any-return]
+    return _registered.update(leaves, sums, index, value, duplicates)  # type: ignore[no-any-return]
 
 
 def _check_leaves(leaves: Tensor) -> None:

@@ -8,6 +8,8 @@ from torch import Tensor
 from .. import _native
 from .reference import size
 
+REFUSES_ALL = True
+"""Whether `replay_update` on the CPU writes nothing where an entry is refused."""
 _DUPLICATES = {"last": 0, "max": 1, "mean": 2}
 
 
@@ -38,7 +40,7 @@ def replay_sample(leaves: Tensor, sums: Tensor, u: Tensor | None, key: Tensor | 
 
 
 def replay_update(leaves: Tensor, sums: Tensor, index: Tensor, value: Tensor, duplicates: str) -> Tensor:
-    """Writes leaves and sums; [] how many entries were refused (on the CPU none is left by now)."""
+    """Writes leaves and sums; [] how many entries were refused."""
     index, value = index.contiguous(), value.contiguous()
     order = None if leaves.is_cuda or duplicates == "last" else index.argsort(stable=True)
     refused = torch.zeros((), dtype=torch.int64, device=leaves.device)

@@ -40,12 +40,19 @@ def _sums(leaves: Tensor) -> Tensor:
 
 
 def _sample(leaves: Tensor, sums: Tensor, u: Any, key: Tensor | None, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    if not leaves.is_cuda and not float(sums[0, -1]) > 0:
-        raise ValueError("no leaf is positive, so that no row can be drawn; write priorities first")
     kernels = _kernels("replay_sample", leaves)
     if kernels is not None:
-        return kernels.replay_sample(leaves, sums, u, key, n)  # type: ignore[no-any-return]
+        drawn: tuple[Tensor, Tensor, Tensor] = kernels.replay_sample(leaves, sums, u, key, n)
+        _some(leaves, drawn[2])
+        return drawn
+    _some(leaves, sums[1, -1])
     return ref.replay_sample_ref(leaves, u if key is None else ref.philox_uniform_ref(key, n))
+
+
+def _some(leaves: Tensor, least: Tensor) -> None:
+    """CPU only: the smallest positive leaf is infinite where there is none."""
+    if not leaves.is_cuda and not float(least) < torch.inf:
+        raise ValueError("no leaf is positive, so that no row can be drawn; write priorities first")
 
 
 def _sample_like(leaves: Tensor, sums: Any, u: Any, key: Any, n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,15 +61,19 @@ def _sample_like(leaves: Tensor, sums: Any, u: Any, key: Any, n: int) -> tuple[T
 
 def _update(leaves: Tensor, sums: Tensor, index: Tensor, value: Tensor, duplicates: str) -> Tensor:
     kernels, value = _kernels("replay_update", leaves), value.to(leaves.dtype)
-    if not leaves.is_cuda:
+    looks = kernels is not None and kernels.REFUSES_ALL  # itself, and writes nothing
+    if not leaves.is_cuda and not looks:
         _refuse(leaves, index, value)
     if kernels is None:
         return ref.replay_update_ref(leaves, sums, index, value, duplicates)
-    return kernels.replay_update(leaves, sums, index, value, duplicates)  # type: ignore[no-any-return]
+    refused: Tensor = kernels.replay_update(leaves, sums, index, value, duplicates)
+    if not leaves.is_cuda and int(refused):
+        _refuse(leaves, index, value)
+    return refused
 
 
 def _refuse(leaves: Tensor, index: Tensor, value: Tensor) -> None:
-    """CPU only, where looking costs no synchronisation."""
+    """CPU only, where looking costs no synchronisation: say which entry is wrong, if one is."""
     if not len(index):
         return
     low, high = (int(v) for v in index.aminmax())
@@ -77,25 +88,25 @@ def _no_gradient(ctx: Any, *grads: Tensor) -> NoReturn:
     raise ValueError("draws have no gradient; pass leaves and u that do not require one")
 
 
-define(
+uniform = define(
     "philox_uniform(Tensor key, int n) -> Tensor",
     _uniform,
     lambda key, n: key.new_empty(n, dtype=torch.float64),
     backward=_no_gradient,
 )
-define(
+sums = define(
     "replay_sums(Tensor leaves) -> Tensor",
     _sums,
     lambda leaves: leaves.new_empty((2, ref.size(leaves.shape[0])), dtype=torch.float64),
     backward=_no_gradient,
 )
-define(
+sample = define(
     "replay_sample(Tensor leaves, Tensor sums, Tensor? u, Tensor? key, int n) -> (Tensor, Tensor, Tensor)",
     _sample,
     _sample_like,
     backward=_no_gradient,
 )
-define(
+update = define(
     "replay_update(Tensor(a!) leaves, Tensor(b!) sums, Tensor index, Tensor value, str duplicates) -> Tensor",
     _update,
     lambda leaves, sums, index, value, duplicates: index.new_empty(()),

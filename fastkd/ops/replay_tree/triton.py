@@ -14,6 +14,8 @@ from torch import Tensor
 from .. import _native
 from .reference import BLOCK, PIECE, size
 
+REFUSES_ALL = False
+"""As in native.py: here what is refused is left out, and the rest is written."""
 _DUPLICATES = {"last": 0, "max": 1, "mean": 2}
 
 
