@@ -272,8 +272,18 @@ template <class T> struct Backward {
   using A = typename Acc<T>::type;
   const CamGradParams& p;
   const Axis<A> down, across;
+  const Buffer<A> weights;  // [width, kLanes]: what a value of a row adds to each cell of it; for narrow maps
 
-  explicit Backward(const CamGradParams& p) : p(p), down(p.s.h, p.s.height), across(p.s.w, p.s.width) {}
+  explicit Backward(const CamGradParams& p)
+      : p(p), down(p.s.h, p.s.height), across(p.s.w, p.s.width), weights(p.resize && p.s.w <= kLanes ? p.s.width * kLanes : 0) {
+    if (!p.resize || p.s.w > kLanes) return;
+    for (int64_t j = 0; j < p.s.width * kLanes; ++j) weights.data[j] = A(0);
+    for (int64_t q = 0; q < p.s.width; ++q) {
+      const auto tap = across(q);
+      weights.data[q * kLanes + tap.left] += A(1) - tap.t;
+      weights.data[q * kLanes + tap.right] += tap.t;
+    }
+  }
   int64_t space() const { return p.s.channels + (p.resize ? p.s.h * p.s.width : 0); }
 
   void operator()(int64_t b, A* space) const {
@@ -317,12 +327,32 @@ template <class T> struct Backward {
         r1[j] += g[j] * b;
       }
     }
+    if (s.w <= kLanes) return narrow(rows, m);
     for (int64_t j = 0; j < s.h * s.w; ++j) m[j] = A(0);
     for (int64_t q = 0; q < s.width; ++q) {
       const auto tap = across(q);
       for (int64_t i = 0; i < s.h; ++i) {
         m[i * s.w + tap.left] += rows[i * s.width + q] * (A(1) - tap.t);
         m[i * s.w + tap.right] += rows[i * s.width + q] * tap.t;
+      }
+    }
+  }
+
+  // Rows of a map that fit into a vector: value q of a row adds to all cells at once, most of them with weight 0.
+  void narrow(const A* rows, A* m) const {
+    constexpr int kRows = 4;
+    for (int64_t i = 0; i < p.s.h; i += kRows) {
+      V<A> sum[kRows] = {};
+      const A* row[kRows];
+      for (int r = 0; r < kRows; ++r) row[r] = rows + least(i + r, p.s.h - 1) * p.s.width;
+      for (int64_t q = 0; q < p.s.width; ++q) {
+        const V<A> v = vload(weights.data + q * kLanes);
+        _Pragma("GCC unroll 4") for (int r = 0; r < kRows; ++r) sum[r] += v * row[r][q];
+      }
+      for (int r = 0; r < kRows && i + r < p.s.h; ++r) {
+        A lanes[kLanes];
+        vstore(lanes, sum[r]);
+        for (int64_t j = 0; j < p.s.w; ++j) m[(i + r) * p.s.w + j] = lanes[j];
       }
     }
   }

@@ -15,8 +15,8 @@ from fastkd import ranks
 
 from .. import _native
 from .._library import choose, define
-from ..bn_match import registered as _sums  # noqa: F401  (defines bn_sums_fwd)
 from ..bn_match.reference import wide
+from ..bn_match.registered import sums_fwd
 from . import reference as ref
 
 
@@ -65,18 +65,18 @@ def _vectors(x: Tensor, rows: int) -> Tensor:
     return torch.empty((rows, x.shape[1]), dtype=wide(x.dtype), device=x.device)
 
 
-define(
+forward = define(
     "bn_act_fwd(Tensor x, Tensor sums, Tensor shift, Tensor? weight, Tensor? bias, SymInt count, float eps, str act, float slope)"
     " -> (Tensor, Tensor)",
     _fwd,
     lambda x, *rest: (_native.blank(x), _vectors(x, 4)),
 )
-define(
+backward_sums = define(
     "bn_act_bwd_sums(Tensor gy, Tensor x, Tensor stats, Tensor? bias, str act, float slope) -> Tensor",
     _bwd_sums,
     lambda gy, x, *rest: _vectors(x, 2),
 )
-define(
+backward = define(
     "bn_act_bwd(Tensor gy, Tensor x, Tensor stats, Tensor? bias, Tensor gsums, SymInt count, str act, float slope) -> Tensor",
     _bwd,
     lambda gy, x, *rest: _native.blank(x),
@@ -111,11 +111,11 @@ class BatchNormAct(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         count = x.numel() // x.shape[1]
         shift = _first(x).to(wide(x.dtype))
-        sums = torch.ops.fastkd.bn_sums_fwd(x, shift)
+        sums = sums_fwd(x, shift)
         if over_ranks:
             sums, shift = _over_ranks(sums, shift, count)
             count *= ranks.world()
-        y, stats = torch.ops.fastkd.bn_act_fwd(x, sums, shift, weight, bias, count, eps, act, slope)
+        y, stats = forward(x, sums, shift, weight, bias, count, eps, act, slope)
         ctx.save_for_backward(x, weight, bias, stats)
         ctx.count, ctx.act, ctx.slope, ctx.over_ranks = count, act, slope, over_ranks
         ctx.mark_non_differentiable(stats)
@@ -129,11 +129,11 @@ class BatchNormAct(torch.autograd.Function):
         x, weight, bias, stats = ctx.saved_tensors
         want_x, want_weight, want_bias = ctx.needs_input_grad[:3]
         gy = _native.dense(gy, x)
-        own = torch.ops.fastkd.bn_act_bwd_sums(gy, x, stats, bias, ctx.act, ctx.slope)
+        own = backward_sums(gy, x, stats, bias, ctx.act, ctx.slope)
         dx = None
         if want_x:
             gsums = ranks.total(own) if ctx.over_ranks else own
-            dx = torch.ops.fastkd.bn_act_bwd(gy, x, stats, bias, gsums, ctx.count, ctx.act, ctx.slope)
+            dx = backward(gy, x, stats, bias, gsums, ctx.count, ctx.act, ctx.slope)
         dweight = own[1].to(weight.dtype) if want_weight else None
         dbias = own[0].to(bias.dtype) if want_bias else None
         return dx, dweight, dbias, None, None, None, None

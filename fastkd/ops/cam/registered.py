@@ -81,12 +81,12 @@ def _backward(ctx: Any, grad: Tensor | None, _slope: None) -> tuple[Tensor | Non
     want_features, want_weight = ctx.needs_input_grad[:2]
     if grad is None:
         return (None,) * 7
-    dfeatures, draw = torch.ops.fastkd.class_activation_map_bwd.default(grad, features, weight, labels, slope, ctx.resized, want_features)
+    dfeatures, draw = backward(grad, features, weight, labels, slope, ctx.resized, want_features)
     dweight = ref.weight_grad_ref(draw, features, weight, labels) if want_weight else None
     return dfeatures if want_features else None, dweight, None, None, None, None, None
 
 
-define(
+forward = define(
     "class_activation_map_fwd(Tensor features, Tensor weight, Tensor labels, bool relu, str norm, SymInt[] size, bool renorm)"
     " -> (Tensor, Tensor)",
     _fwd,
@@ -94,10 +94,9 @@ define(
     backward=_backward,
     save=_save,
 )
-define(
+backward = define(
     "class_activation_map_bwd(Tensor grad, Tensor features, Tensor weight, Tensor labels, Tensor slope, bool resized,"
     " bool want_features) -> (Tensor, Tensor)",
     _bwd,
     _bwd_fake,
 )
-forward = torch.ops.fastkd.class_activation_map_fwd.default  # looked up once: a look-up costs as much as a small kernel

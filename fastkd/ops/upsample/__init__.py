@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._library import choose
 from . import reference as ref
-from . import registered as _registered  # noqa: F401  (defines the ops)
+from . import registered as _registered
 
 
 def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -147,4 +147,4 @@ def _upsample_affine(x: Tensor, scale: Tensor | None, bias: Tensor | None, act: 
             raise ValueError(f"{name} requires a gradient, which this op does not compute; pass {name}.detach()")
     if choose(f"upsample_affine_{act}", x) == "reference":
         return ref.upsample_affine_act_ref(x, scale, bias, act)
-    return torch.ops.fastkd.upsample_act_fwd(x, scale, bias, act)  # type: ignore[no-any-return]
+    return _registered.forward(x, scale, bias, act)  # type: ignore[no-any-return]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import _native
@@ -50,14 +49,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, None, None, None]:
     y, scale = ctx.saved_tensors
-    return (torch.ops.fastkd.upsample_act_bwd(gy, y, scale, ctx.act) if ctx.needs_input_grad[0] else None), None, None, None
+    return (backward(gy, y, scale, ctx.act) if ctx.needs_input_grad[0] else None), None, None, None
 
 
-define(
+forward = define(
     "upsample_act_fwd(Tensor x, Tensor? scale, Tensor? bias, str act) -> Tensor",
     _fwd,
     lambda x, scale, bias, act: doubled(x),
     backward=_backward,
     save=_save,
 )
-define("upsample_act_bwd(Tensor gy, Tensor y, Tensor? scale, str act) -> Tensor", _bwd, lambda gy, y, scale, act: halved(y))
+backward = define("upsample_act_bwd(Tensor gy, Tensor y, Tensor? scale, str act) -> Tensor", _bwd, lambda gy, y, scale, act: halved(y))
