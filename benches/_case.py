@@ -72,7 +72,7 @@ class Provider:
     checked: bool = True
     rung: str = ""
     labels: dict[str, str] = field(default_factory=dict)
-    tolerance: float | Sequence[float] | None = None
+    tolerance: float | Sequence[float] | Call | None = None
 
 
 @dataclass
@@ -81,7 +81,8 @@ class Case:
 
     Attributes:
       op: name in the op table. labels: columns that name the case. truth: outputs of the definition in fp64.
-      tolerance: see `check.verdict`. bytes, flops: least traffic and work of one call, for the rate columns.
+      tolerance: see `check.verdict`; or a call of plain torch in the same precision, of whose errors twice as much is allowed.
+      bytes, flops: least traffic and work of one call, for the rate columns.
       baseline: provider that "x eager" divides by. compared: what of the outputs is compared with the truth; None: all.
       threads: instead of the plan's. seconds: what the rounds may take, once the least number of them is done.
     """
@@ -91,7 +92,7 @@ class Case:
     providers: list[Provider]
     truth: Call
     baseline: str
-    tolerance: float | Sequence[float] | None = None
+    tolerance: float | Sequence[float] | Call | None = None
     bytes: int | None = None
     flops: int | None = None
     compared: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None

@@ -283,8 +283,9 @@ def reported(made: Any) -> Fn:
     return fn
 
 
-def slack(dtype: torch.dtype) -> float:
-    return 5e-3 if dtype == torch.float32 else 0.25  # some 20 or 40 ReLU masks in a row; single layers are held to less
+SLACK = 5e-3
+"""Some 20 or 40 ReLU masks in a row; single layers are held to less. In bf16 the masks leave no fixed bound: there plain torch's own
+error is the measure."""
 
 
 def teacher(plan: Plan, work: Work, layout: str, dtype: torch.dtype) -> Case:
@@ -308,7 +309,7 @@ def teacher(plan: Plan, work: Work, layout: str, dtype: torch.dtype) -> Case:
         ],
         truth=s.truth(),
         baseline="hooks",
-        tolerance=slack(dtype),
+        tolerance=SLACK if dtype == torch.float32 else s.call(hooked(s.net(layout)), layout, dtype),
     )
 
 
@@ -316,6 +317,7 @@ def ladder(plan: Plan, work: Work) -> Case:
     s, bf16 = Setting(plan, work), torch.bfloat16
     fused = reported(instrument(s.net("channels_last")))
     weights = tuple(s.trainable.parameters())
+    plain = s.call(hooked(s.net("channels_last")), "channels_last", bf16)
     fp32, half = {"dtype": "float32"}, {"dtype": "bfloat16"}
     nchw, last = {"layout": "NCHW"} | fp32, {"layout": "channels_last"} | fp32
 
@@ -330,9 +332,9 @@ def ladder(plan: Plan, work: Work) -> Case:
             rung("frozen", "freezing", "eager", s.call(hooked(s.net("NCHW")), "NCHW"), nchw),
             rung("channels_last", "channels_last", "eager", s.call(hooked(s.net("channels_last")), "channels_last"), last),
             rung("fused ops", "kernels", "ours", s.call(fused, "channels_last"), last),
-            rung("bf16", "bf16", "ours", s.call(fused, "channels_last", bf16), last | half, tolerance=slack(bf16)),
+            rung("bf16", "bf16", "ours", s.call(fused, "channels_last", bf16), last | half, tolerance=plain),
         ],
         truth=s.truth(),
         baseline="published",
-        tolerance=slack(torch.float32),
+        tolerance=SLACK,
     )

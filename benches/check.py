@@ -37,7 +37,7 @@ def verdict(found: Sequence[Tensor], truth: Sequence[Tensor], tolerance: float |
             if not torch.equal(a, t.to(a.dtype)):
                 return False, f"output {i} differs by {float((a.double() - t.double()).abs().max()):.1e}, expected equal bits"
             continue
-        error = float((a.double() - t.double()).norm() / t.double().norm().clamp_min(1e-300))
+        error = _error(a, t)
         worst = max(worst, error)
         limit = TOLERANCE[a.dtype] if tolerance is None else tolerance[i] if isinstance(tolerance, Sequence) else tolerance
         if not error <= limit:
@@ -47,9 +47,19 @@ def verdict(found: Sequence[Tensor], truth: Sequence[Tensor], tolerance: float |
 
 def of_provider(case: Any, provider: Any, found: Sequence[Tensor], truth: Sequence[Tensor]) -> tuple[bool, str]:
     """`verdict` on what a case compares, by the tolerance of the provider or else of the case."""
-    if case.compared is not None:
-        found, truth = case.compared(found), case.compared(truth)
-    return verdict(found, truth, case.tolerance if provider.tolerance is None else provider.tolerance)
+    tolerance = case.tolerance if provider.tolerance is None else provider.tolerance
+    whole = case.compared or (lambda outputs: outputs)
+    found, truth = whole(found), whole(truth)
+    return verdict(found, truth, twice(whole(tolerance()), truth) if callable(tolerance) else tolerance)
+
+
+def twice(plain: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
+    """Twice the errors of plain torch in the same precision, output by output; not less than `TOLERANCE`."""
+    return [max(TOLERANCE[a.dtype], 2 * _error(a.detach(), t.detach())) for a, t in zip(plain, truth)]
+
+
+def _error(a: Tensor, t: Tensor) -> float:
+    return float((a.double() - t.double()).norm() / t.double().norm().clamp_min(1e-300))
 
 
 def attempt(call: Callable[[], Sequence[Tensor]], backend: str) -> tuple[Sequence[Tensor] | None, str]:

@@ -49,7 +49,8 @@ template <class Out> struct Fused<Out, true> {
   Buffer<float> mean, std, rate;  // repeated, so that a vector can begin at any channel
 
   Fused(const GatherParams& p, bool wanted)
-      : lut(static_cast<const Out*>(p.lut)), channels(wanted ? p.channels : 0), same(wanted), mean(channels + kLanes), std(channels + kLanes), rate(channels + kLanes) {
+      : lut(static_cast<const Out*>(p.lut)), channels(wanted ? p.channels : 0), same(wanted), mean(channels + kLanes),
+        std(channels + kLanes), rate(channels + kLanes) {
     for (int64_t i = 0; wanted && i < channels + kLanes; ++i) {
       mean.data[i] = static_cast<const float*>(p.mean)[i % channels], std.data[i] = static_cast<const float*>(p.std)[i % channels];
       rate.data[i] = 1.0f / std.data[i];
@@ -117,7 +118,10 @@ template <int kC> inline void split(const uint8_t* from, int64_t w, int64_t chan
       for (int i = 0; i < 3; ++i) in[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from) + i);
       for (int c = 0; c < 3; ++c) {
         __m128i out = _mm_setzero_si128();
-        for (int i = 0; i < 3; ++i) out = _mm_or_si128(out, _mm_shuffle_epi8(in[i], _mm_loadu_si128(reinterpret_cast<const __m128i*>(kThirds.at[c][i]))));
+        for (int i = 0; i < 3; ++i) {
+          const __m128i places = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kThirds.at[c][i]));
+          out = _mm_or_si128(out, _mm_shuffle_epi8(in[i], places));
+        }
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to + c * w + j), out);
       }
     }

@@ -215,7 +215,8 @@ template <class T> struct Tree {
   int64_t refused(const TreeUpdateParams& s, const T* value) const {
     int64_t count = 0;
     for (int64_t i = 0; i < s.entries; ++i) {
-      const bool inside = (s.index[i] >= 0) & (s.index[i] < p.n), priority = (value[i] >= T(0)) & (value[i] < std::numeric_limits<T>::infinity());
+      const bool inside = (s.index[i] >= 0) & (s.index[i] < p.n);
+      const bool priority = (value[i] >= T(0)) & (value[i] < std::numeric_limits<T>::infinity());
       count += !(inside & priority);
     }
     return count;

@@ -81,6 +81,13 @@ def test_only_what_a_case_compares_is_compared():
     assert check.of_provider(case, Provider("a", "eager", tolerance=2.0), outputs, truth)[0]
 
 
+def test_twice_the_error_of_plain_torch_is_allowed_where_a_case_says_so():
+    truth, plain = (torch.ones(4).double(),), (torch.full((4,), 1.1).bfloat16(),)
+    case = Case("an_op", {}, [], lambda: truth, "a", tolerance=lambda: plain)
+    for off, right in ((1.19, True), (1.25, False)):
+        assert check.of_provider(case, Provider("a", "eager"), (torch.full((4,), off).bfloat16(),), truth)[0] == right
+
+
 def test_the_interpreter_is_for_toy_sizes(monkeypatch: pytest.MonkeyPatch):
     from benches._case import backends
 
