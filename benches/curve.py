@@ -1,17 +1,21 @@
 """The learning curve of runs as committed figures: `python -m benches.curve RUN... --json FILE --svg FILE`.
 
 From each run folder: its command, its machine, and accuracy on test images against minutes (the sum of its epochs' wall times).
+`--published RECIPE` adds what was published for a recipe of `fastkd run --recipe`, as dashed lines.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
+from fastkd import recipes
 from fastkd.engine.events import curve, read
 
 from .facts import cpuinfo, revision
@@ -28,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--command", action="append", default=[], metavar="TEXT", help="the command of each run, in the same order")
     parser.add_argument("--commit", default=revision(), metavar="HASH", help="the revision that ran; default: that of this code")
     parser.add_argument("--load", default="nothing else ran", metavar="TEXT", help="what else the machine did meanwhile")
+    parser.add_argument("--published", action="append", default=[], metavar="RECIPE", help="figures published for RECIPE, as dashed lines")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     parser.add_argument("--svg", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
@@ -37,10 +42,11 @@ def main(argv: list[str] | None = None) -> int:
         command = args.command[i] if i < len(args.command) else None
         records.append({"name": name or Path(folder).name, "command": command, **measured(Path(folder))})
     about = {"what": "top-1 (%) on test images against wall minutes", "commit": args.commit, "cpu": cpuinfo("model name")}
-    out = {**about, "load": args.load, "runs": records}
+    figures = [dataclasses.asdict(f) for name in args.published for f in recipes.published(recipe=name)]
+    out = {**about, "load": args.load, "runs": records, **({"published": figures} if figures else {})}
     args.json.write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
     if args.svg:
-        args.svg.write_text(draw(records), encoding="utf-8")
+        args.svg.write_text(draw(records, figures), encoding="utf-8")
     return 0
 
 
@@ -58,11 +64,13 @@ def measured(run: Path) -> dict[str, Any]:
     return {**{k: summary[k] for k in kept}, **machine, "minutes": round(minutes, 3), "minutes_top1": points}
 
 
-def draw(records: list[dict[str, Any]]) -> str:
-    """The curves as one SVG, the teacher's accuracy as a dashed line."""
+def draw(records: list[dict[str, Any]], published: Sequence[dict[str, Any]] = ()) -> str:
+    """The curves as one SVG, the teachers' accuracies and the published figures as dashed lines."""
     points = [p for r in records for p in r["minutes_top1"]]
-    teachers = {100 * r["teacher"]["top1"] for r in records if r["teacher"].get("top1")}
-    low, high = min(p[1] for p in points) - MARGIN, min(100.0, max([p[1] for p in points] + list(teachers)) + MARGIN)
+    dashed = [(100 * r["teacher"]["top1"], "teacher", "#b33") for r in records if r["teacher"].get("top1")]
+    dashed += [(f["value"], f"{f['label']}, published ({f['which']})", "#666") for f in published]
+    shown = [p[1] for p in points] + [value for value, _, _ in dashed]
+    low, high = min(shown) - MARGIN, min(100.0, max(shown) + MARGIN)
     last = max(p[0] for p in points) or 1e-3
 
     def x(minutes: float) -> float:
@@ -79,9 +87,9 @@ def draw(records: list[dict[str, Any]]) -> str:
         lines.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick)}" y2="{y(tick)}" stroke="#ddd"/>')
         lines.append(text(LEFT - 6, y(tick) + 4, f"{tick:g}", "end"))
     lines += [text(x(tick), HEIGHT - BOTTOM + 16, f"{tick:g}", "middle") for tick in ticks(0, last)]
-    for top1 in sorted(teachers):
-        lines.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(top1)}" y2="{y(top1)}" stroke="#b33" stroke-dasharray="5 4"/>')
-        lines.append(text(WIDTH - RIGHT - 2, y(top1) - 5, f"teacher {top1:.2f} %", "end", "#b33"))
+    for top1, words, colour in sorted(set(dashed)):
+        lines.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(top1)}" y2="{y(top1)}" stroke="{colour}" stroke-dasharray="5 4"/>')
+        lines.append(text(WIDTH - RIGHT - 2, y(top1) - 5, f"{words} {top1:.2f} %", "end", colour))
     for i, record in enumerate(records):
         colour = COLOURS[i % len(COLOURS)]
         path = " ".join(f"{x(m)},{y(t)}" for m, t in record["minutes_top1"])

@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fastkd import recipes as shipped
 from fastkd.errors import ConfigError, nearest, unknown
+from fastkd.recipes import merge
 
-RECIPES = Path(__file__).parent / "recipes"
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -127,8 +128,8 @@ SAFE_ON_RESUME = frozenset({"checkpoint.every_minutes", "checkpoint.every_steps"
 
 
 def recipes() -> list[str]:
-    """Names of the recipes that come with fastkd."""
-    return sorted(p.stem for p in RECIPES.glob("*.toml"))
+    """Names of the recipes that come with fastkd: `fastkd.recipes` says where they come from, and what was published for them."""
+    return shipped.names()
 
 
 def read_recipe(name: str) -> dict[str, Any]:
@@ -137,13 +138,13 @@ def read_recipe(name: str) -> dict[str, Any]:
     Raises:
       ConfigError: no such recipe or file, not TOML, or it would run code (`py:`).
     """
-    path = Path(name) if name.endswith(".toml") or "/" in name else RECIPES / f"{name}.toml"
+    if not name.endswith(".toml") and "/" not in name:
+        return shipped.read(name)
+    path = Path(name)
     if not path.is_file():
-        if path.parent == RECIPES:
-            raise ConfigError(unknown("recipe", name, recipes()))
         raise ConfigError(
             f"the recipe '{name}' is {'a directory' if path.is_dir() else 'not there'}; "
-            f"expected a TOML file or one of: {', '.join(recipes())}."
+            "expected a TOML file, or the name of a recipe (`fastkd methods NAME` lists those of a method)."
         )
     if path.stat().st_size > 1 << 20:
         raise ConfigError(f"the recipe '{path}' has {path.stat().st_size >> 20} MiB; expected a TOML file below 1 MiB.")
@@ -166,14 +167,6 @@ def parse_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-
-
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `over` written on it, table by table; neither is changed."""
-    out = dict(base)
-    for key, value in over.items():
-        out[key] = merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
-    return out
 
 
 def nested(path: str, value: Any) -> dict[str, Any]:

@@ -36,6 +36,19 @@ def test_a_run_becomes_json_and_svg(run, tmp_path):
     assert "teacher 99.20 %" in [e.text for e in root.iter() if e.tag.endswith("text")]
 
 
+def test_published_figures_are_dashed_lines(run, tmp_path):
+    recipe = "zskt-cifar10-wrn40_1-wrn16_2"
+    assert curve.main([str(run), "--published", recipe, "--json", str(tmp_path / "c.json"), "--svg", str(tmp_path / "c.svg")]) == 0
+    figures = json.loads((tmp_path / "c.json").read_text())["published"]
+    assert [(f["label"], f["value"], f["evidence"]) for f in figures] == [("ZSKT", 86.6, "paper"), ("ZSKT", 87.71, "paper")]
+    root = ET.fromstring((tmp_path / "c.svg").read_text())
+    dashed = [e for e in root.iter() if e.get("stroke-dasharray")]
+    words = [e.text for e in root.iter() if e.tag.endswith("text")]
+    assert len(dashed) == 3 and "ZSKT, published (last) 86.60 %" in words and "ZSKT, published (not stated) 87.71 %" in words
+    heights = [float(e.get("y1")) for e in dashed]
+    assert heights == sorted(heights, reverse=True) and 0 < heights[-1] < heights[0] < curve.HEIGHT - curve.BOTTOM
+
+
 @pytest.mark.parametrize(("low", "high"), [(0, 1.5), (28.4, 92.8), (85.0, 92.8), (0, 27.9), (0, 240.0), (99.0, 99.4)])
 def test_ticks_are_few_round_and_inside(low, high):
     found = curve.ticks(low, high)
