@@ -1,10 +1,9 @@
-"""`fastkd methods`: the methods, and every parameter of one."""
+"""`fastkd methods`: the methods, and all that is known of one."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib.util
 import inspect
 import itertools
 import types
@@ -16,61 +15,93 @@ import click
 
 from fastkd.cli.common import emit, method_names, verb
 
+if typing.TYPE_CHECKING:
+    from fastkd.methods import Card
+
 
 @verb("methods")
 @click.argument("name", required=False, shell_complete=method_names)
 def command(name: str | None, as_json: bool) -> int:
-    """List the methods, or show one: its paper, what it needs, every parameter with default, type and meaning."""
+    """List the methods, or show one: paper, what it needs and rests on, loss terms, published settings and figures, every parameter."""
     return one(name, as_json) if name else every(as_json)
 
 
 def every(as_json: bool) -> int:
     """All methods, read from the sources: torch is not loaded."""
+    from fastkd import methods, recipes
     from fastkd.cli import summary
-    from fastkd.methods import METHODS
 
-    rows = {name: about(source_of(target.partition(":")[0])) for name, target in METHODS.items()}
+    cards = {name: methods.card(name) for name in methods.names()}
     if as_json:
-        emit({name: {"about": said} for name, said in rows.items()})
-    else:
-        summary.print_table(("method", "what it is"), list(rows.items()))
-        summary.console().print("`fastkd methods NAME` shows the parameters of one.")
+        emit({name: {**declared(about, card), "figures": len(recipes.published(method=name))} for name, (about, card) in cards.items()})
+        return 0
+    rows = [(name, *(cells(card) if card else ("",) * 4), first_sentence(about)) for name, (about, card) in cards.items()]
+    summary.print_table(("method", "paper", "needs", "from", "terms", "what it is"), rows)
+    used = {need for _, card in cards.values() if card for need in card.needs}
+    summary.print_facts(
+        [
+            *((f"needs {need}", said) for need, said in methods.NEEDS.items() if need in used),
+            *((f"from {basis}", said) for basis, said in methods.BASES.items()),
+        ]
+    )
+    summary.console().print("`fastkd methods NAME` shows the terms, published figures and parameters of one.")
     return 0
 
 
 def one(name: str, as_json: bool) -> int:
-    """One method with its fields."""
+    """One method: its card, its published settings and figures, its fields."""
+    from fastkd import methods, recipes
     from fastkd.cli import summary
-    from fastkd.methods import method_class
+    from fastkd.cli.figures import show_figures, show_settings
 
-    cls = method_class(name)
-    said, needs = about(Path(inspect.getfile(cls))), sorted(cls.needs)
-    rows = fields(cls)
+    cls = methods.method_class(name)
+    about, card = methods.card(name)
+    rows, settings, figures = fields(cls), recipes.pairs(name), recipes.published(method=name)
     if as_json:
-        emit({"name": name, "about": said, "defaults": inspect.getdoc(cls), "needs": needs, "module": cls.__module__, "fields": rows})
+        emit({
+            "name": name, **declared(about, card), "needs": sorted(cls.needs), "defaults": inspect.getdoc(cls), "module": cls.__module__,
+            "recipes": settings, "figures": [dataclasses.asdict(f) for f in figures], "fields": rows,
+        })  # fmt: skip
         return 0
     summary.print_facts([
         ("method", name),
-        ("what", said),
+        ("what", about),
+        *(described(card) if card else []),
         ("settings", " ".join((inspect.getdoc(cls) or "").split())),
-        ("needs", ", ".join(needs) or "nothing but a teacher"),
+        ("needs", "; ".join(methods.NEEDS.get(need, need) for need in sorted(cls.needs)) or "nothing but a teacher"),
+        *([("", card.also)] if card and card.also else []),
         ("set with", f"fastkd run --method {name} --set method.KEY=VALUE"),
     ])  # fmt: skip
+    if card:
+        summary.print_table(("term", "what"), list(card.meanings.items()))
+    show_settings(settings)
+    show_figures(figures)
     summary.print_table(("method.", "default", "values", "what"), [(r["name"], shown(r["default"]), r["type"], r["what"]) for r in rows])
     return 0
 
 
-def source_of(module: str) -> Path:
-    """The file of a module, which is not executed."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"no module named {module}")
-    return Path(spec.origin)
+def cells(card: Card) -> tuple[str, ...]:
+    """A card in the list of all."""
+    return card.published, ", ".join(card.needs) or "–", card.basis, " ".join(card.meanings)
 
 
-def about(source: Path) -> str:
-    """The docstring of a source file as one paragraph: paper, year, what it rests on."""
-    return " ".join((ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or "").split())
+def first_sentence(about: str) -> str:
+    return about.partition(". ")[0].rstrip(".;")
+
+
+def declared(about: str, card: Card | None) -> dict[str, Any]:
+    """What a method's file says of it, for JSON."""
+    if card is None:
+        return {"about": about}
+    return {"about": about, **dataclasses.asdict(card), "terms": card.meanings}
+
+
+def described(card: Card) -> list[tuple[str, object]]:
+    """Paper, and what the code rests on."""
+    from fastkd.methods import BASES
+
+    paper = f"{card.paper}, {card.published}" if card.paper else "none"
+    return [("paper", paper), ("from", f"{card.basis} ({BASES[card.basis]}): {card.source}")]
 
 
 def fields(cls: type) -> list[dict[str, Any]]:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 from fastkd.errors import ConfigError, unknown
+from fastkd.methods import _card
+from fastkd.methods._card import BASES, NEEDS, Card
+
+__all__ = ["BASES", "METHODS", "NEEDS", "Card", "card", "method_class", "names"]
 
 METHODS = {
     "muse": "fastkd.methods.muse:Muse",
@@ -29,6 +35,20 @@ METHODS = {
 def names() -> list[str]:
     """Names of all methods."""
     return list(METHODS)
+
+
+def card(name: str) -> tuple[str, Card | None]:
+    """What a method is, in a paragraph, and its card, read from its file: torch is not loaded.
+
+    Raises:
+      ConfigError: no method of that name.
+    """
+    if name not in METHODS:
+        raise ConfigError(unknown("method", name, METHODS))
+    found = importlib.util.find_spec(METHODS[name].partition(":")[0])
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError(f"no module named {METHODS[name].partition(':')[0]}")
+    return _card.read(Path(found.origin))
 
 
 def method_class(name: str, table: dict[str, Any] | None = None) -> Any:

@@ -1,5 +1,4 @@
-"""CMI (Fang et al., "Contrastive Model Inversion for Data-Free Knowledge Distillation", IJCAI 2021): every batch is a fresh inversion whose
-images must be told apart, from a local view, among all images made before. Settings and order of operations follow the published code."""
+"""CMI: every batch is a fresh inversion whose images must be told apart, from a local view, among all images made before."""
 
 from __future__ import annotations
 
@@ -16,8 +15,20 @@ from fastkd import losses
 from fastkd.errors import ConfigError
 from fastkd.memory import Best, Store
 from fastkd.method import Count, Rate, Share, Step, Weight, step
+from fastkd.methods._card import Card
 from fastkd.methods._pool import Call, PoolMethod
 from fastkd.nn import Trace
+
+CARD = Card(
+    paper="Fang et al., Contrastive Model Inversion for Data-Free Knowledge Distillation",
+    venue="IJCAI",
+    year=2021,
+    basis="code",
+    source="zju-vipa/CMI",
+    needs=("bn",),
+    terms=("bn", "oh", "adv", "cr: generator: images told apart among all made before", "kl"),
+    also="preinverted: images that were inverted before (real)",
+)
 
 RESNET34 = (36, 8512)
 """BatchNorm layers and channels of the one teacher that the published code taps at its stages."""

@@ -1,6 +1,5 @@
-"""DAFL (Chen et al., "Data-Free Learning of Student Networks", ICCV 2019): the teacher's responses train a generator, and generator and
-student learn in one joint step. Settings and order of operations follow the published code; variant=zju is the form in which the tables
-of CMI and FastDFKD list it."""
+"""DAFL: the teacher's responses train a generator, and generator and student learn in one joint step. variant=zju is the form in which the
+tables of CMI and FastDFKD list it."""
 
 from __future__ import annotations
 
@@ -14,8 +13,20 @@ from torch import Tensor
 from fastkd import losses
 from fastkd.errors import ConfigError
 from fastkd.method import Count, Rate, Share, Step, Weight, step
+from fastkd.methods._card import Card
 from fastkd.methods._novel import GeneratorName, Novel, Rounds, Schedule, by_variant
 from fastkd.nn import Trace
+
+CARD = Card(
+    paper="Chen et al., Data-Free Learning of Student Networks",
+    venue="ICCV",
+    year=2019,
+    basis="code",
+    source="huawei-noah/Data-Efficient-Model-Compression; variant=zju: zju-vipa/CMI and zju-vipa/Fast-Datafree",
+    needs=(),
+    terms=("oh", "ie", "a: generator: strong features of the teacher", "gap"),
+    also="a: a teacher that ends in a linear layer",
+)
 
 Variant = Literal["original", "zju"]
 

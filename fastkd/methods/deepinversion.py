@@ -1,6 +1,5 @@
-"""DeepInversion (Yin et al., "Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion", CVPR 2020): pixels are optimised until
-the teacher names a chosen class and its BatchNorm statistics match; adaptive (ADI): and until the student disagrees. Both variants follow
-published code: zju is the benchmark's re-implementation, official the authors' inversion, whose release has no distillation."""
+"""DeepInversion: pixels are optimised until the teacher names a chosen class and its BatchNorm statistics match; adaptive (ADI): and until
+the student disagrees. variant=zju is the benchmark's form, official the authors'."""
 
 from __future__ import annotations
 
@@ -18,9 +17,29 @@ from fastkd import losses
 from fastkd.errors import ConfigError
 from fastkd.memory import Store
 from fastkd.method import Count, Rate, Share, Step, Weight, step
+from fastkd.methods._card import Card
 from fastkd.methods._pool import Call, PoolMethod
 from fastkd.nn import augment
 from fastkd.ops import bn_match_loss
+
+CARD = Card(
+    paper="Yin et al., Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion",
+    venue="CVPR",
+    year=2020,
+    basis="code",
+    source="variant=zju: zju-vipa/CMI and zju-vipa/Fast-Datafree; official: NVlabs/DeepInversion, which has no distillation",
+    needs=("bn",),
+    terms=(
+        "bn",
+        "bn_student: pixels: BatchNorm statistics away from the student's",
+        "oh",
+        "adv",
+        "tv1: pixels: total variation",
+        "tv2: pixels: total variation",
+        "l2: pixels: their norm",
+        "kl",
+    ),
+)
 
 
 @dataclass

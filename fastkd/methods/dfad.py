@@ -1,6 +1,5 @@
-"""DFAD (Fang et al., "Data-Free Adversarial Distillation", arXiv 1912.11006): the generator maximises the mean absolute difference of
-teacher's and student's logits, the student minimises it, and there is nothing else. Settings and order of operations follow the published
-code; variant=zju is the form in which later code bases compare it."""
+"""DFAD: the generator maximises the mean absolute difference of teacher's and student's logits, the student minimises it, and there is
+nothing else. variant=zju is the form in which later code bases compare it."""
 
 from __future__ import annotations
 
@@ -12,7 +11,18 @@ from torch import Tensor
 
 from fastkd import losses
 from fastkd.method import Count, Share, Step, Weight
+from fastkd.methods._card import Card
 from fastkd.methods._novel import Game, GeneratorName, Mode, Schedule, by_variant
+
+CARD = Card(
+    paper="Fang et al., Data-Free Adversarial Distillation (arXiv 1912.11006)",
+    venue="arXiv",
+    year=2019,
+    basis="code",
+    source="VainF/Data-Free-Adversarial-Distillation; variant=zju: zju-vipa/CMI",
+    needs=(),
+    terms=("adv", "gap"),
+)
 
 
 @dataclass

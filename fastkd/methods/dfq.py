@@ -1,6 +1,5 @@
-"""DFQ (Choi et al., "Data-Free Network Quantization With Adversarial Knowledge Distillation", CVPR Workshops 2020): an adversarial
-generator held near the training data by BatchNorm statistics and entropies. No official code is known: variant=zju follows the code
-behind the tables of CMI and FastDFKD, variant=original a re-implementation."""
+"""DFQ: an adversarial generator held near the training data by BatchNorm statistics and entropies. variant=zju is the form in which the
+tables of CMI and FastDFKD list it, variant=original that of a re-implementation."""
 
 from __future__ import annotations
 
@@ -14,8 +13,27 @@ from torch import Tensor
 
 from fastkd import losses
 from fastkd.method import Count, Step, Weight, step
+from fastkd.methods._card import Card
 from fastkd.methods._novel import Game, GeneratorName, Mode, Schedule, by_variant
 from fastkd.ops import bn_match_loss
+
+CARD = Card(
+    paper="Choi et al., Data-Free Network Quantization With Adversarial Knowledge Distillation",
+    venue="CVPR Workshops",
+    year=2020,
+    basis="re-implementation",
+    source="variant=zju: zju-vipa/CMI and zju-vipa/Fast-Datafree; original: a repository of da2so named after the paper",
+    needs=("bn",),
+    terms=(
+        "bn",
+        "oh",
+        "balance",
+        "adv",
+        "h_inst: generator: a confident teacher (original)",
+        "h_batch: generator: all classes equally frequent (original)",
+        "gap",
+    ),
+)
 
 Variant = Literal["zju", "original"]
 
@@ -24,7 +42,7 @@ Variant = Literal["zju", "original"]
 class Dfq(Game):
     """Defaults: DFQ's rows in the tables of CMI and FastDFKD [code]; one of their scripts has lr=0.05."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"bn"})
+    needs: ClassVar[frozenset[str]] = frozenset(CARD.needs)
 
     variant: Variant = "zju"
     """zju: as in the benchmark tables; original: the paper's regulariser and warm-up, with its other defaults"""
@@ -53,7 +71,7 @@ class Dfq(Game):
 class DfqOriginal(Game):
     """Defaults: the re-implementation's, but the student's weight decay is 1e-4 (there: 0)."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"bn"})
+    needs: ClassVar[frozenset[str]] = frozenset(CARD.needs)
 
     variant: Variant = "original"
     """zju: as in the benchmark tables; original: the paper's regulariser and warm-up, with its other defaults"""

@@ -1,5 +1,4 @@
-"""FastDFKD (Fang et al., "Up to 100x Faster Data-free Knowledge Distillation", AAAI 2022): a meta-learned generator that is adapted
-for 2-10 steps a batch."""
+"""FastDFKD: a meta-learned generator that is adapted for 2-10 steps a batch."""
 
 from __future__ import annotations
 
@@ -14,8 +13,19 @@ from torch import Tensor, nn
 
 from fastkd.memory import Store
 from fastkd.method import Count, Rate, Step, Weight, step
+from fastkd.methods._card import Card
 from fastkd.methods._pool import Call, PoolMethod
 from fastkd.nn import Trace, copy_
+
+CARD = Card(
+    paper="Fang et al., Up to 100x Faster Data-free Knowledge Distillation",
+    venue="AAAI",
+    year=2022,
+    basis="code",
+    source="zju-vipa/Fast-Datafree",
+    needs=("bn",),
+    terms=("bn", "oh", "adv", "kl"),
+)
 
 
 @dataclass

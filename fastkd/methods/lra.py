@@ -1,6 +1,4 @@
-"""LRA, also KAKR (Patel et al., "Learning to Retain while Acquiring: Combating Distribution-Shift in Adversarial Data-Free Knowledge
-Distillation", CVPR 2023): the student must still know the replayed images after a virtual step on the novel ones. Follows the published
-code, but the second-order gradient is the paper's: the released one may not reach the student (see meta_grad_to_theta)."""
+"""LRA, also KAKR: the student must still know the replayed images after a virtual step on the novel ones."""
 
 from __future__ import annotations
 
@@ -14,16 +12,39 @@ from torch.func import functional_call
 from fastkd import losses
 from fastkd.errors import ConfigError
 from fastkd.method import Count, Weight
+from fastkd.methods._card import Card
 from fastkd.methods._prior import Prior
 from fastkd.methods.mb import Mb
 from fastkd.methods.pre import Pre
+
+CARD = Card(
+    paper="Patel et al., Learning to Retain while Acquiring: Combating Distribution-Shift in Adversarial Data-Free Knowledge Distillation",
+    venue="CVPR",
+    year=2023,
+    basis="code",
+    source="gaurav104/LRA; the second-order gradient is the paper's: the released one may not reach the student (meta_grad_to_theta)",
+    needs=("second_order",),
+    terms=(
+        "oh",
+        "ie",
+        "act",
+        "dis",
+        "gap",
+        "retain: student: the replayed images after a virtual step on the novel ones",
+        "pixels",
+        "logits",
+        "kld",
+        "leak",
+    ),
+    also="act: a teacher that ends in a linear layer; order=first: any student",
+)
 
 
 @dataclass
 class Retain(Prior):
     """The student step of LRA, for any host that has replayed images."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"second_order"})
+    needs: ClassVar[frozenset[str]] = frozenset(CARD.needs)
 
     batch: Count = 512
     iterations: Count = 72

@@ -1,6 +1,5 @@
-"""MAD (Do et al., "Momentum Adversarial Distillation", NeurIPS 2022): a moving average of the generator goes on making the images that the
-generator has left behind, and the student learns from both. Reconstructed from third-party notes on top of ZSKT without attention; what
-they leave open is a switch with a stated default."""
+"""MAD: a moving average of the generator goes on making the images that the generator has left behind, and the student learns from both;
+here on ZSKT without attention."""
 
 from __future__ import annotations
 
@@ -15,8 +14,27 @@ from torch import Tensor, nn
 from fastkd import losses
 from fastkd.errors import ConfigError
 from fastkd.method import Count, Step, Weight, step
+from fastkd.methods._card import Card
 from fastkd.methods.zskt import Zskt
 from fastkd.nn import copy_
+
+CARD = Card(
+    paper="Do et al., Momentum Adversarial Distillation: Handling Large Distribution Shifts in Data-Free Knowledge Distillation",
+    venue="NeurIPS",
+    year=2022,
+    basis="reconstructed",
+    source="third-party notes, on top of ZSKT",
+    needs=(),
+    terms=(
+        "adv",
+        "oh: generator: the class it is to make (conditional)",
+        "norm: generator: size of the latents (conditional)",
+        "gap",
+        "memory: student: the same on images of the averaged generator",
+        "at",
+    ),
+    also="beta: teacher and student whose stages end in maps of the same sizes",
+)
 
 
 @dataclass

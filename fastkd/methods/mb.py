@@ -1,5 +1,4 @@
-"""MB-DFKD (Binici et al., "Preventing Catastrophic Forgetting and Distribution Mismatch in Knowledge Distillation via Synthetic Data",
-WACV 2022): the student rehearses a ring of old synthetic batches. Follows a third-party re-implementation; no official code exists."""
+"""MB-DFKD: the student rehearses a ring of old synthetic batches."""
 
 from __future__ import annotations
 
@@ -14,9 +13,21 @@ from torch import Tensor
 from fastkd.errors import ConfigError
 from fastkd.memory import Rows, Store
 from fastkd.method import Count, Step, Weight, step
+from fastkd.methods._card import Card
 from fastkd.methods._prior import Prior, Replayed
 from fastkd.nn import Trace
 from fastkd.ops import bn_match_loss
+
+CARD = Card(
+    paper="Binici et al., Preventing Catastrophic Forgetting and Distribution Mismatch in Knowledge Distillation via Synthetic Data",
+    venue="WACV",
+    year=2022,
+    basis="re-implementation",
+    source="gaurav104/LRA; whether the paper matches BatchNorm statistics is open (match)",
+    needs=(),
+    terms=("oh", "ie", "act", "dis", "bn", "gap"),
+    also="act: a teacher that ends in a linear layer; match=prior+bn: a teacher with BatchNorm",
+)
 
 FAR = 2**62
 """A draw below this, modulo a count on the device, is uniform to better than 1e-12."""

@@ -1,5 +1,4 @@
-"""MUSE-style multi-resolution distillation (arXiv 2411.17046, reconstructed from abstract and reviews): NAYER at low resolutions,
-with class activation maps pushed towards the image centre and embedding diversity."""
+"""MUSE: NAYER at low resolutions, with class activation maps pushed towards the image centre and embedding diversity."""
 
 from __future__ import annotations
 
@@ -16,10 +15,30 @@ from fastkd import losses
 from fastkd.errors import ConfigError
 from fastkd.memory import Rows
 from fastkd.method import Rate, Weight, step
+from fastkd.methods._card import Card
 from fastkd.methods._pool import Call
 from fastkd.methods.nayer import Nayer
 from fastkd.nn import Trace
 from fastkd.ops import class_activation_map
+
+CARD = Card(
+    paper="Tran et al., Large-Scale Data-Free Knowledge Distillation for ImageNet via Multi-Resolution Data Generation (arXiv 2411.17046)",
+    venue="arXiv",
+    year=2024,
+    basis="reconstructed",
+    source="abstract, figure captions and public reviews, on top of NAYER: MUSE-style, no reproduction",
+    needs=("bn", "embeddings"),
+    terms=(
+        "bn",
+        "oh",
+        "adv",
+        "cam: generator: class activation maps towards the image centre",
+        "aed: generator: embeddings of new images far from their label's",
+        "kl",
+        "ed: student: embeddings of stored images close to their label's",
+    ),
+    also="a_cam: a teacher that ends in pooling and a linear layer, or cam_weights=gradient; a_ed, a_aed: a student with a linear head",
+)
 
 
 @dataclass

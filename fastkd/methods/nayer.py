@@ -1,4 +1,4 @@
-"""NAYER (Tran et al., CVPR 2024): a generator fed with label-text embeddings through a noisy layer that is drawn anew every loop."""
+"""NAYER: a generator fed with label-text embeddings through a noisy layer that is drawn anew every loop."""
 
 from __future__ import annotations
 
@@ -12,15 +12,26 @@ from torch import Tensor
 from fastkd.errors import ConfigError
 from fastkd.memory import Store
 from fastkd.method import Count, Rate, Step, step
+from fastkd.methods._card import Card
 from fastkd.methods._pool import PoolMethod
 from fastkd.rng import derive
+
+CARD = Card(
+    paper="Tran et al., NAYER: Noisy Layer Data Generation for Efficient and Effective Data-free Knowledge Distillation",
+    venue="CVPR",
+    year=2024,
+    basis="code",
+    source="tmtuan1307/nayer; its ImageNet path is a debug state, so labels and sizes there are ours",
+    needs=("bn", "embeddings"),
+    terms=("bn", "oh", "adv", "kl"),
+)
 
 
 @dataclass
 class Nayer(PoolMethod):
     """Defaults: NAYER-100 on CIFAR-10 [code]."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"bn", "embeddings"})
+    needs: ClassVar[frozenset[str]] = frozenset(CARD.needs)
 
     epochs: Count = 120
     batch: Count = 400

@@ -11,14 +11,25 @@ from torch import Tensor
 
 from fastkd.memory import Rows, Store
 from fastkd.method import Count, Step
+from fastkd.methods._card import Card
 from fastkd.methods._student import StudentPhase
+
+CARD = Card(
+    paper="",
+    venue="",
+    year=None,
+    basis="own",
+    source="DAFL and DFAD print such rows without saying which noise it was",
+    needs=(),
+    terms=("kl",),
+)
 
 
 @dataclass
 class Noise(StudentPhase):
     """All fields but `kind` and `n_images` are those of the run it is compared with; there is no warm-up."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset(CARD.needs)
     epochs: Count = 200
     warmup: int = 0
     kind: Literal["gaussian", "uniform"] = "gaussian"

@@ -1,5 +1,4 @@
-"""PRE-DFKD (Binici et al., "Robust and Resource-Efficient Data-Free Knowledge Distillation by Generative Pseudo Replay", AAAI 2022):
-a VAE learns all synthetic images as they come, and the student rehearses its samples. Follows the published code."""
+"""PRE-DFKD: a VAE learns all synthetic images as they come, and the student rehearses its samples."""
 
 from __future__ import annotations
 
@@ -15,7 +14,19 @@ from torch.func import functional_call
 from fastkd import losses
 from fastkd.errors import ConfigError
 from fastkd.method import Rate, Step, Weight, step
+from fastkd.methods._card import Card
 from fastkd.methods._prior import Prior, Replayed
+
+CARD = Card(
+    paper="Binici et al., Robust and Resource-Efficient Data-Free Knowledge Distillation by Generative Pseudo Replay",
+    venue="AAAI",
+    year=2022,
+    basis="code",
+    source="kuluhan/PRE-DFKD; images of 64 px and more as gaurav104/LRA has them",
+    needs=(),
+    terms=("oh", "ie", "act", "dis", "gap", "pixels", "logits", "feature", "kld", "leak"),
+    also="act: a teacher that ends in a linear layer",
+)
 
 
 def first_adam_step(g: Tensor, lr: float) -> Tensor:

@@ -1,5 +1,5 @@
-"""Vanilla knowledge distillation (Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 2015) on real images: the reference
-rows of data-free distillation, and the way to distil from any fixed folder of images. Loss and settings follow published code."""
+"""Vanilla knowledge distillation on real images: the reference rows of data-free distillation, and the way to distil from any fixed folder
+of images."""
 
 from __future__ import annotations
 
@@ -17,8 +17,20 @@ from fastkd.data import ImageSet
 from fastkd.errors import ConfigError
 from fastkd.memory import Rows, Store
 from fastkd.method import Count, Rate, Step, Weight, step
+from fastkd.methods._card import Card
 from fastkd.methods._student import StudentPhase
 from fastkd.nn import Trace
+
+CARD = Card(
+    paper="Hinton et al., Distilling the Knowledge in a Neural Network (arXiv 1503.02531)",
+    venue="arXiv",
+    year=2015,
+    basis="code",
+    source="loss and settings of zju-vipa/CMI",
+    needs=("data",),
+    terms=("kl", "ce: student: cross-entropy of the real labels", "at"),
+    also="beta, subset: labels of the images; attention: teacher and student whose stages end in maps of the same sizes",
+)
 
 MILESTONES = (0.6, 0.75, 0.9)
 """Shares of the epochs after which the released schedule divides the learning rate by 10: 120, 150 and 180 of 200."""
@@ -30,7 +42,7 @@ class VanillaKd(StudentPhase):
     training split of `data`, or those of `real`. Reference rows to report: beta 0 and 0.1, tau 1, 4 and 20, all images and subsets.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"data"})
+    needs: ClassVar[frozenset[str]] = frozenset(CARD.needs)
 
     epochs: Count = 200
     warmup: Annotated[int, Field(ge=0)] = 0

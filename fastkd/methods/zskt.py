@@ -1,6 +1,5 @@
-"""ZSKT (Micaelli & Storkey, "Zero-shot Knowledge Transfer via Adversarial Belief Matching", NeurIPS 2019): the generator looks for images
-on which the student disagrees with the teacher; the student matches beliefs and attention maps on them. Settings and order of operations
-follow the published code; variant=zju is the form in which the tables of CMI and FastDFKD list it."""
+"""ZSKT: the generator looks for images on which the student disagrees with the teacher; the student matches beliefs and attention maps on
+them. variant=zju is the form in which the tables of CMI and FastDFKD list it."""
 
 from __future__ import annotations
 
@@ -14,8 +13,20 @@ from torch import Tensor
 from fastkd import losses
 from fastkd.errors import ConfigError
 from fastkd.method import Count, Phase, Rate, Share, Step, Weight, step
+from fastkd.methods._card import Card
 from fastkd.methods._novel import Game, GeneratorName, Mode, Schedule, by_variant
 from fastkd.nn import Trace
+
+CARD = Card(
+    paper="Micaelli & Storkey, Zero-shot Knowledge Transfer via Adversarial Belief Matching",
+    venue="NeurIPS",
+    year=2019,
+    basis="code",
+    source="polo5/ZeroShotKnowledgeTransfer, with switches for the paper's and the replication's form; variant=zju: zju-vipa/CMI",
+    needs=(),
+    terms=("adv", "gap", "at"),
+    also="beta: teacher and student whose stages end in maps of the same sizes",
+)
 
 
 @dataclass

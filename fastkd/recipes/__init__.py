@@ -18,7 +18,7 @@ from typing import Any
 
 from fastkd.errors import ConfigError, unknown
 
-__all__ = ["Figure", "merge", "names", "pairs", "published", "read"]
+__all__ = ["Figure", "merge", "name", "names", "pairs", "published", "read"]
 
 FOLDER = Path(__file__).parent
 TABLES = "published.toml"
@@ -86,14 +86,8 @@ def _named() -> dict[str, tuple[str, str, str]]:
     for stem in sorted(p.stem for p in FOLDER.glob("*.toml") if p.name != TABLES):
         found[stem] = (stem, "", "")
         for data, listed in _file(stem).get("pairs", {}).items():
-            found |= {_name(stem, data, pair): (stem, data, pair) for pair in listed}
+            found |= {name(stem, data, pair): (stem, data, pair) for pair in listed}
     return found
-
-
-def _name(stem: str, data: str, pair: str) -> str:
-    """fast-5, cifar10, r34-r18 → fast-5-cifar10-r34-r18; a last word that begins the data set's name is not repeated."""
-    head, _, last = stem.rpartition("-")
-    return "-".join([head if head and data.startswith(last) else stem, data, pair])
 
 
 def _networks(data: str, pair: str) -> list[str]:
@@ -107,21 +101,30 @@ def names() -> list[str]:
     return sorted(_named())
 
 
+def name(stem: str, data: str, pair: str) -> str:
+    """The recipe of a pair: fast-5, cifar10, r34-r18 → fast-5-cifar10-r34-r18.
+
+    A last word of the file's name that begins that of the data set is not repeated: fast-imagenet, imagenet → fast-imagenet-r50-r18.
+    """
+    head, _, last = stem.rpartition("-")
+    return "-".join([head if head and data.startswith(last) else stem, data, pair])
+
+
 def pairs(method: str) -> dict[str, dict[str, list[str]]]:
     """The recipe files of a method → data set → its pairs, in the order of the file; {} for settings without published pairs."""
-    stems = [name for name, (_, data, _) in _named().items() if not data]
+    stems = [stem for stem, (_, data, _) in _named().items() if not data]
     return {s: {d: list(p) for d, p in _file(s).get("pairs", {}).items()} for s in stems if _file(s)["method"]["name"] == method}
 
 
-def read(name: str) -> dict[str, Any]:
+def read(recipe: str) -> dict[str, Any]:
     """The configuration of a recipe, as far as it differs from the defaults; that of a pair names its networks and its data set.
 
     Raises:
       ConfigError: no such recipe, with the nearest.
     """
-    if name not in _named():
-        raise ConfigError(unknown("recipe", name, names()))
-    stem, data, pair = _named()[name]
+    if recipe not in _named():
+        raise ConfigError(unknown("recipe", recipe, names()))
+    stem, data, pair = _named()[recipe]
     values = copy.deepcopy(_file(stem))
     values.pop("pairs", None)
     where = values.pop("where", {})
@@ -153,7 +156,7 @@ def _figure(said: dict[str, Any], i: int) -> Figure:
     teacher, student = _networks(data, pair) if pair else (None, None)
     return Figure(
         method=_file(stem)["method"]["name"] if stem else said["method"],
-        recipe=_name(stem, data, pair) if stem else None,
+        recipe=name(stem, data, pair) if stem else None,
         label=said["label"],
         data=data,
         teacher=teacher,
