@@ -109,13 +109,18 @@ def make_method(table: dict[str, Any]) -> Method:
 
 
 def check_needs(method: Method, name: str, teacher: Teacher, has_real: bool) -> None:
-    """Refuse, before the first step, what the method needs and is not there; name the methods that work without."""
-    missing = {"bn": teacher.split == (0,), "data": not has_real}
+    """Refuse, before the first step, what the method needs and is not there; name the methods that work without.
+
+    A method whose BatchNorm term has a weight `bn` of 0 does not need BatchNorm.
+    """
+    weight = getattr(method, "bn", None)
+    missing = {"bn": teacher.split == (0,) and weight != 0, "data": not has_real}
     words = {"bn": "a teacher with BatchNorm, and this one has none", "data": "real images, and none are given (--data, or --set real=DIR)"}
     for need, absent in missing.items():
         if need in method.needs and absent:
             without = [n for n in methods.names() if need not in methods.method_class(n).needs]
-            raise ConfigError(f"method '{name}' needs {words[need]}; methods that work without: {', '.join(without) or 'none'}.")
+            off = "; without its BatchNorm term it runs too (--set method.bn=0)" if need == "bn" and weight is not None else ""
+            raise ConfigError(f"method '{name}' needs {words[need]}; methods that work without: {', '.join(without) or 'none'}{off}.")
 
 
 def label_embeddings(config: RunConfig, names: list[str] | None, classes: int, device: torch.device) -> tuple[Tensor, list[str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 NEEDS = {
-    "bn": "a teacher with BatchNorm",
+    "bn": "a teacher with BatchNorm; none where method.bn, the weight of that term, is 0",
     "embeddings": "label texts (class names; a random table stands in)",
     "data": "real images",
     "second_order": "a student that can be differentiated twice",

@@ -53,9 +53,15 @@ def from_timm(name: str, *, classes: int, channels: int, input_size: tuple[int, 
         close = nearest(name, known)
         raise ConfigError(f"timm has no model '{name}'" + (f"; did you mean 'timm:{close}'?" if close else f"; it lists {len(known)}."))
     try:
-        return timm.create_model(name.split(".")[0], pretrained=False, num_classes=classes, in_chans=channels)
+        options = _sized(timm.get_pretrained_cfg(name.split(".")[0]), input_size)
+        return timm.create_model(name.split(".")[0], pretrained=False, num_classes=classes, in_chans=channels, **options)
     except Exception as e:
         raise ConfigError(f"timm cannot make '{name}' with {classes} classes and {channels} channels ({_line(e)}).") from None
+
+
+def _sized(config: Any, input_size: tuple[int, int] | None) -> dict[str, Any]:
+    """The image size, for networks of timm that are built for one (ViT, Swin, MLP-Mixer: as many position embeddings as patches)."""
+    return {"img_size": input_size} if input_size and getattr(config, "fixed_input_size", False) else {}
 
 
 def from_torchvision(name: str, *, classes: int, channels: int, input_size: tuple[int, int] | None) -> nn.Module:

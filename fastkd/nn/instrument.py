@@ -111,7 +111,7 @@ class Teacher(nn.Module):
             with torch.no_grad():
                 out = self._forward(self._image(shape), groups=False)
             order = self.collector.order
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
             first = (str(error).splitlines() or [""])[0]
             raise InputError(f"the teacher does not take images of shape {tuple(shape)} (channels, height, width): {first}") from error
         finally:

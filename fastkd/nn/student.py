@@ -47,7 +47,7 @@ class Student(nn.Module):
         try:
             with evaluating(self.net), torch.no_grad():
                 t = self.trace(torch.zeros((2, *shape), dtype=like.dtype, device=like.device))
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
             first = (str(error).splitlines() or [""])[0]
             raise InputError(f"the student does not take images of shape {tuple(shape)} (channels, height, width): {first}") from error
         self.classes = t.logits.shape[1]

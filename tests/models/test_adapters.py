@@ -47,10 +47,16 @@ def test_timm(monkeypatch):
     calls = []
     fake = types.ModuleType("timm")
     fake.list_models = lambda: ["resnet18", "vit_tiny_patch16_224"]
+    fake.get_pretrained_cfg = lambda name: types.SimpleNamespace(fixed_input_size=name.startswith("vit"))
     fake.create_model = lambda name, **kw: calls.append((name, kw)) or Net(kw["num_classes"], kw["in_chans"])
     monkeypatch.setitem(sys.modules, "timm", fake)
     assert models.build("timm:resnet18.a1_in1k", classes=7, channels=1)(torch.rand(2, 1, 8, 8)).shape == (2, 7)
-    assert calls == [("resnet18", {"pretrained": False, "num_classes": 7, "in_chans": 1})]
+    models.build("timm:vit_tiny_patch16_224", classes=7, input_size=32)
+    models.build("timm:resnet18", classes=7, input_size=32)
+    plain = {"pretrained": False, "num_classes": 7, "in_chans": 1}
+    assert calls[0] == ("resnet18", plain)
+    assert calls[1] == ("vit_tiny_patch16_224", {**plain, "in_chans": 3, "img_size": (32, 32)})  # it has a position for each patch
+    assert calls[2] == ("resnet18", {**plain, "in_chans": 3})
     with pytest.raises(ConfigError, match="did you mean 'timm:resnet18'"):
         models.build("timm:resnet19", classes=7)
     with pytest.raises(ConfigError, match="would fetch something"):
