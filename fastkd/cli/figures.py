@@ -23,7 +23,7 @@ def show_settings(settings: dict[str, dict[str, list[str]]]) -> None:
 
 
 def show_figures(figures: Sequence[Figure]) -> None:
-    """One table a source, data set and kind of figure: a column a pair, the teachers first."""
+    """One table a source, data set and kind of figure: a column a pair, the networks on their own first."""
     for title, group in itertools.groupby(figures, key=heading):
         found = list(group)
         pairs = list(dict.fromkeys(pair(f) for f in found))
@@ -43,10 +43,11 @@ def pair(f: Figure) -> str:
 
 
 def rows(figures: Sequence[Figure], pairs: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """The teachers' row where it is known, then a row a label; what was not printed is empty."""
-    teachers = {pair(f): f"{f.teacher_value:g}" for f in figures if f.teacher_value is not None}
-    if teachers:
-        yield "teacher", *(teachers.get(p, "") for p in pairs)
+    """Teachers, and students on real data, where they are known, then a row a label; what was not printed is empty."""
+    known = {
+        "teacher": {pair(f): f"{f.teacher_value:g}" for f in figures if f.teacher_value is not None},
+        "student, real data": {pair(f): f"{f.student_value:g}" for f in figures if f.student_value is not None},
+    }
     for label in dict.fromkeys(f.label for f in figures):
-        cells = {pair(f): f"{f.value:g}" + (f" ± {f.spread:g}" if f.spread is not None else "") for f in figures if f.label == label}
-        yield label, *(cells.get(p, "") for p in pairs)
+        known[label] = {pair(f): f"{f.value:g}" + (f" ± {f.spread:g}" if f.spread is not None else "") for f in figures if f.label == label}
+    yield from ((label, *(found.get(p, "") for p in pairs)) for label, found in known.items() if found)

@@ -64,6 +64,7 @@ def test_published_figures_stand_in_columns_of_pairs(cli) -> None:
     said = cli("methods", "zskt").stdout
     assert re.search(r"^ *ZSKT +82.44 ± 0.21 +79.93 ± 1.11 +83.69 ± 0.58 +86.6 ± 0.56 +89.71 ± 0.1 +86.6 ± 1.79", said, flags=re.MULTILINE)
     assert re.search(r"^ *teacher +93.97 +93.18 +94.73", said, flags=re.MULTILINE)
+    assert re.search(r"^ *student, real data +91.04 +91.04 +91.04 +93.97", said, flags=re.MULTILINE)
     assert "svhn, last epoch: ZSKT (Micaelli & Storkey, NeurIPS 2019) [paper]" in said
     assert "nyuv2, mIoU, best epoch on test data" in cli("methods", "dfad").stdout
 
