@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     out = {**about, "load": args.load, "runs": records, **({"published": figures} if figures else {})}
     args.json.write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
     if args.svg:
-        args.svg.write_text(draw(records, figures), encoding="utf-8")
+        args.svg.write_text(draw(records, published=figures), encoding="utf-8")
     return 0
 
 
@@ -64,7 +64,7 @@ def measured(run: Path) -> dict[str, Any]:
     return {**{k: summary[k] for k in kept}, **machine, "minutes": round(minutes, 3), "minutes_top1": points}
 
 
-def draw(records: list[dict[str, Any]], published: Sequence[dict[str, Any]] = ()) -> str:
+def draw(records: list[dict[str, Any]], *, published: Sequence[dict[str, Any]] = ()) -> str:
     """The curves as one SVG, the teachers' accuracies and the published figures as dashed lines."""
     points = [p for r in records for p in r["minutes_top1"]]
     dashed = [(100 * r["teacher"]["top1"], "teacher", "#b33") for r in records if r["teacher"].get("top1")]

@@ -12,7 +12,8 @@ from fastkd.assemble.job import make_method
 from fastkd.errors import ConfigError
 
 WRN = "wrn40_2-wrn16_2"
-PAIRS = [(name, config.build(recipes.read(name), name)) for name in recipes.names() if "teacher" in recipes.read(name)]
+NAMED = [recipes.name(stem, d, p) for m in methods.names() for stem, sets in recipes.pairs(m).items() for d in sets for p in sets[d]]
+PAIRS = [config.build(recipes.read(name), name) for name in NAMED]
 FOLDERS = {"svhn", "tiny-imagenet", "imagenet"}
 """Data sets of the literature that a recipe may name, whether this version reads them or not."""
 
@@ -23,7 +24,7 @@ def test_every_value_of_a_recipe_is_valid(name: str) -> None:
     assert method.epochs > 0
 
 
-@pytest.mark.parametrize("spec", sorted({s for _, c in PAIRS for s in (c.teacher.spec, c.student.spec) if s}))
+@pytest.mark.parametrize("spec", sorted({str(s) for c in PAIRS for s in (c.teacher.spec, c.student.spec)}))
 def test_every_network_of_a_pair_exists(spec: str) -> None:
     size = models.MODELS[spec].input_size
     with torch.device("meta"):
@@ -32,14 +33,13 @@ def test_every_network_of_a_pair_exists(spec: str) -> None:
 
 
 def test_every_pair_names_a_data_set() -> None:
-    named = {c.data for name, c in PAIRS if not name.endswith("-digits")}
+    named = {c.data for c in PAIRS}
     assert named <= {*data.DATASETS, *FOLDERS} and {"cifar10", "cifar100", "tiny-imagenet", "imagenet", "fashion-mnist", "svhn"} <= named
 
 
 def test_names_are_unique_and_say_what_they_are() -> None:
-    listed = [(stem, d, p) for method in methods.names() for stem, sets in recipes.pairs(method).items() for d in sets for p in sets[d]]
-    stems = {stem for method in methods.names() for stem in recipes.pairs(method)}
-    assert len(recipes.names()) == len(stems) + len(listed), "two pairs have one name"
+    stems = [stem for method in methods.names() for stem in recipes.pairs(method)]
+    assert sorted([*stems, *NAMED]) == recipes.names(), "two pairs have one name, or a recipe is of no method"
     assert recipes.read("fast-imagenet-r50-mbv2")["student"]["spec"] == "mobilenet_v2"
     assert recipes.read("deepinversion-official-cifar10-r34-r18")["student"]["spec"] == "cifar_resnet18"
 
