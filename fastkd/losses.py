@@ -31,6 +31,49 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(_wide(logits), labels)
 
 
+def cross_entropy_rows(logits: Tensor, labels: Tensor) -> Tensor:
+    """`cross_entropy` of each row: logits [B, C] or [B, C, *S], int64 labels [B] or [B, *S] → [B] or [B, *S]."""
+    return F.cross_entropy(_wide(logits), labels, reduction="none")
+
+
+def confidence(logits: Tensor) -> Tensor:
+    """max_c softmax(logits)_c, in [1/C, 1]: logits [B, C] or [B, C, *S] → [B] or [B, *S], at least fp32."""
+    return F.softmax(_wide(logits), 1).amax(1)
+
+
+def modulation(share: Tensor, confidence: Tensor, gamma: float) -> Tensor:
+    """(1 - share) (1 - confidence)^gamma, in [0, 1]: small for classes that are frequent already and for images that the teacher is sure
+    of (SSD-KD's phi, Liu et al. 2024).
+
+    Args:
+      share: n_c / N of the class that the teacher names, any shape. confidence: its probability, same shape.
+      gamma: strength of the second factor, 0 or more; 0: it is 1, at confidence 1 too.
+    """
+    return (1 - share) * (1 - confidence) ** gamma
+
+
+def importance(probability: Tensor, rows: Tensor, beta: Tensor) -> Tensor:
+    """(N P)^-beta: weights of rows [b] that were drawn with probability P from N; 1 where all are as likely (Schaul et al. 2016)."""
+    return (rows * probability) ** -beta
+
+
+def to_batch_max(weight: Tensor) -> Tensor:
+    """Weights [b] over their maximum in the global batch: at most 1."""
+    return weight / ranks.max(weight.amax())
+
+
+def per_image(x: Tensor) -> Tensor:
+    """Mean over all axes but the first, [B, *S] → [B]; [B] is returned with the same values."""
+    return x.reshape(len(x), -1).mean(1)
+
+
+def majority(logits: Tensor) -> Tensor:
+    """The class that most places of a map are named, int64 [B]: logits [B, C, *S]; of [B, C] the argmax. Of equals the first."""
+    named = logits.argmax(1).reshape(len(logits), -1)
+    count = torch.zeros(logits.shape[:2], dtype=torch.int64, device=logits.device)
+    return count.scatter_add_(1, named, torch.ones_like(named)).argmax(1)
+
+
 def kl_rows(teacher: Tensor, student: Tensor, tau: float = 1.0) -> Tensor:
     """KL(teacher ‖ student) of softmax(logits / tau), one value a row, not scaled by tau².
 

@@ -21,6 +21,7 @@ FIELDS: dict[str, Any] = {
     **{"iterations": 2, "s_steps": 2, "milestones": (1,)},
     **{"hidden": 16, "nz": 8, "loops": 1, "n_images": 24, "reset_l0_at": 2, "lr": 0.05, "lr_g": 1e-3},
     **{"vae_steps": 1, "replay_batch": 4, "bank_batch": 4, "bank_slots": 2, "push_period": 1, "lr_inner": 0.1},
+    **{"capacity": 20},  # of SSD-KD's buffer: a batch and a half
     **{"init_images": 12, "bank_rows": 30, "bank_draw": 20, "head_width": 6, "adi_period": 1},
 }
 """Values for whichever of these fields a method has."""
@@ -38,6 +39,22 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
         {"meta": "reptile", "reptile": 1.0, "generator_name": "g_deep", "meta_latent": True, "redraw_every": 2, "loops": 2, "epochs": 2},
     ),
     ("fast", {"meta": "none", "pool_select": "last"}),
+    (
+        "ssd",
+        {
+            **{"evict": "phi", "phi_grad": True, "phi_n": "capacity", "beta_schedule": "linear"},
+            **{"delta_view": "plain", "delta_refresh": "epoch"},
+        },
+    ),
+    (
+        "ssd",
+        {
+            **{"replace": "top", "adv_mask": "none", "task_label": "teacher", "w_in_delta": "current", "w_norm": "none"},
+            **{"rounds": 3, "epochs": 2},
+        },
+    ),
+    ("ssd", {"sampler": "shuffle", "evict": "fifo", "insert_priority": "max", "w_in_delta": "off", "phi_difficulty": False}),
+    ("ssd", {"sampler": "uniform", "evict": "lowest", "w_in_loss": False, "phi_diversity": False, "loops": 2, "capacity": 40}),
     ("dafl", {"variant": "zju", "aug": "crop_flip", "generator_name": "g_large", "gen_mode_in_kd": "eval"}),
     ("dafl", {"optimiser": "adam", "entropy_log": "ln", "bn_eps": 1e-5, "a": 0.0}),
     ("dfq", {"variant": "original", "alpha_schedule": "linear", "cosine_in_warmup": True}),

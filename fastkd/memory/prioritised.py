@@ -11,7 +11,7 @@ from fastkd import ranks
 from fastkd.errors import unknown
 from fastkd.memory.evict import RULES
 from fastkd.memory.store import Quant, Rows, Store, Tier
-from fastkd.ops import replay_sample, replay_sums, replay_update
+from fastkd.ops import philox_uniform, replay_sample, replay_sums, replay_update
 from fastkd.rng import Rng
 
 Rule = Literal["frequent", "lowest", "fifo"]
@@ -74,6 +74,7 @@ class Prioritised(Store):
         self.sums = replay_sums(self.leaves)
         self.born = torch.zeros(capacity, dtype=torch.int64, device=rng.device)
         self.hist = torch.zeros(classes, dtype=torch.int64, device=rng.device)
+        self.stored = torch.zeros((), dtype=torch.int64, device=rng.device)  # the fill, for steps that a graph replays
         self.refused = torch.zeros((), dtype=torch.int64, device=rng.device)
 
     def add(self, x: Tensor, priority: Tensor | None = None, **columns: Tensor) -> Tensor:
@@ -97,6 +98,7 @@ class Prioritised(Store):
             raise ValueError(f"priority must be of shape ({len(images)},), found {tuple(priority.shape)}")
         at = super().put(images, **columns)
         self._count(at, 1)
+        self.stored.fill_(self.fill)
         self.born[at] = torch.arange(self.written - len(at), self.written, device=at.device)
         if priority is None:
             top = self.leaves.amax()
@@ -132,11 +134,12 @@ class Prioritised(Store):
     def _write(self, at: Tensor, leaf: Tensor, duplicates: Duplicates = "last") -> None:
         self.refused += replay_update(self.leaves, self.sums, at, leaf, duplicates=duplicates)
 
-    def draw(self, batch: int, name: str = "draw") -> Drawn:
+    def draw(self, batch: int, name: str = "draw", *, uniform: bool = False) -> Drawn:
         """This rank's rows of a batch drawn with replacement (no host read; rows in host memory are on their way when it returns).
 
         Args:
           batch: rows of the global batch. name: stream of the draws.
+          uniform: every stored row is as likely, whatever its priority: the rows that equal priorities would give.
         Raises:
           ValueError: nothing is stored yet. ConfigError: a batch that cannot be dealt to the ranks.
         """
@@ -144,21 +147,29 @@ class Prioritised(Store):
             raise ValueError("nothing is stored yet, so no batch can be drawn")
         ranks.rows(batch)
         key = self.rng.counter(name)
-        index, probability, _ = replay_sample(self.leaves, self.sums, key=key, n=batch)
+        if uniform:
+            index = (philox_uniform(key, batch) * self.stored).to(torch.int64)
+            probability = (1 / self.stored.to(torch.float64)).to(self.leaves.dtype).expand(batch)
+        else:
+            index, probability, _ = replay_sample(self.leaves, self.sums, key=key, n=batch)
         key[1] += batch
         index = ranks.local(index)
         return Drawn(self.rows(index), index, ranks.local(probability))
 
-    def write(self, index: Tensor, priority: Tensor, *, duplicates: Duplicates = "last") -> None:
+    def write(self, index: Tensor, priority: Tensor, *, duplicates: Duplicates = "last", **columns: Tensor) -> None:
         """Write this rank's new priorities back; the same happens on all ranks.
 
         Args:
           index: [b] row numbers of `draw`. priority: [b]; its sign is dropped.
           duplicates: what a row that was drawn more than once gets: the "last" value, the largest ("max"), or the "mean" (of q).
+          columns: [b] new values of these columns; they must agree where a row was drawn more than once.
         Raises:
           ValueError: on the CPU, a priority that is not finite. On a GPU it is left out and counted in `refused`.
         """
-        self._write(ranks.gather(index), self._leaf(ranks.gather(priority.detach())), duplicates)
+        index = ranks.gather(index)
+        self._write(index, self._leaf(ranks.gather(priority.detach())), duplicates)
+        for name, value in columns.items():
+            self.columns[name][index] = ranks.gather(value.detach()).to(self.columns[name].dtype)
 
     def set_alpha(self, alpha: float) -> None:
         """Change the exponent of the priorities; stored ones are transformed. Both exponents must be positive."""
@@ -171,7 +182,7 @@ class Prioritised(Store):
 
     def share(self) -> Tensor:
         """[classes] the share of each class among the stored images, in torch's default dtype; zeros in an empty store."""
-        return self.hist / max(1, self.fill)
+        return self.hist / self.stored.clamp_min(1)
 
     def probabilities(self) -> Tensor:
         """[capacity] the probability of each row, 0 where nothing is stored."""

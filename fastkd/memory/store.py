@@ -146,6 +146,11 @@ class Store:
             x = x.floor() if self.quant == "floor" else x.round()
         return x.to(self.images.dtype).contiguous()
 
+    def as_stored(self, x: Tensor) -> Tensor:
+        """Images [b, C, H, W] as they would be read back if they were added: clamped and quantised in a uint8 store."""
+        images = self._encode(x)
+        return replay_gather(images, torch.arange(len(images), device=images.device))
+
     def reserve(self, n: int) -> None:
         """Room for the order of one phase of `n` rows; called once, while the method is built."""
         self.order = torch.zeros(n, dtype=torch.int64, device=self.rng.device)

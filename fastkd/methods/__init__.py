@@ -17,6 +17,7 @@ METHODS = {
     "muse": "fastkd.methods.muse:Muse",
     "nayer": "fastkd.methods.nayer:Nayer",
     "fast": "fastkd.methods.fast:Fast",
+    "ssd": "fastkd.methods.ssd:Ssd",
     "dafl": "fastkd.methods.dafl:choose",
     "dfq": "fastkd.methods.dfq:choose",
     "dfad": "fastkd.methods.dfad:choose",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -49,32 +49,39 @@ class PoolMethod(StudentPhase):
     def call(self, size: int, capacity: int) -> Call:
         """State of a generator of `size` × `size` images whose pool holds `capacity` of them."""
         c = self.shape[0]
-        pool = Store(
-            self.rng,
-            capacity,
-            (c, size, size),
-            torch.uint8 if self.pool_quant != "none" else torch.float16,
-            quant=self.pool_quant,
-            label=torch.int16,
+        pool = self.new_pool(
+            capacity, (c, size, size), torch.uint8 if self.pool_quant != "none" else torch.float16, quant=self.pool_quant, label=torch.int16
         )
         pool.reserve(self.kd_steps * self.kd_batch)
         y = self.buffer(self.batch, dtype=torch.int64)
         return Call(y, self.buffer(self.batch, c, size, size), self.place(BnEma(self.teacher.target.shape[1], self.bn_mmt)), pool)
+
+    def new_pool(self, capacity: int, shape: tuple[int, int, int], dtype: torch.dtype, **kw: Any) -> Store:
+        """An empty store of images; `kw` as in `Store`."""
+        return Store(self.rng, capacity, shape, dtype, **kw)
 
     def inversion_terms(self, x: Tensor, call: Call, adversary: bool) -> dict[str, Tensor]:
         """L_G of a batch as the networks see it; `adversary`: the student takes part."""
         t = self.teacher(x, *self.asks())
         terms = {
             "bn": self.bn * call.ema.loss(t.bn, self.teacher.target, self.teacher.split),
-            "oh": self.oh * losses.cross_entropy(t.logits, self.wanted(t, call)),
+            "oh": self.oh * self.one_hot(t, call),
         }
         s = None
         if adversary:
             with self.evaluating(self.student):
                 s = self.student.trace(x)
-            terms["adv"] = self.adv * losses.adv_masked_kl(t.logits, s.logits)
+            terms["adv"] = self.adv * self.adversarial(t, s)
         self.tell(agree=(t.logits.argmax(1) == self.wanted(t, call)).to(t.logits.dtype).mean())
         return terms | self.more_terms(x, t, s, call)
+
+    def one_hot(self, t: Trace, call: Call) -> Tensor:
+        """The loss of the classes that are wanted."""
+        return losses.cross_entropy(t.logits, self.wanted(t, call))
+
+    def adversarial(self, t: Trace, s: Trace) -> Tensor:
+        """Low where the student disagrees with the teacher."""
+        return losses.adv_masked_kl(t.logits, s.logits)
 
     def wanted(self, t: Trace, call: Call) -> Tensor:
         """The classes that the one-hot loss asks for: those that were drawn for the call."""

@@ -135,9 +135,13 @@ class Fast(PoolMethod):
                 yield self.redraw_latents
             yield self.start
             for _ in range(self.g_steps):
-                yield self.adapt, call >= (self.calls(self.warmup) if self.adv_start is None else self.adv_start)
+                yield self.adapt, call >= self.first_adversary()
             yield self.meta_update
             yield self.remember
+
+    def first_adversary(self) -> int:
+        """The 1-based call from which the adversary takes part."""
+        return self.calls(self.warmup) if self.adv_start is None else self.adv_start
 
     def wanted(self, t: Trace, call: Call) -> Tensor:
         return t.logits.detach().argmax(1) if self.dense else super().wanted(t, call)
