@@ -381,3 +381,34 @@ def test_kl_normal():
 def test_l1(logits):
     x, y = logits
     assert losses.l1(torch.tensor(x), torch.tensor(y)).item() == pytest.approx(np.abs(x - y).mean())
+
+
+def test_ssd_modulation():
+    share, p = np.array([[0.5, 0.0], [0.25, 1.0]]), np.array([[0.2, 0.9], [1.0, 0.1]])
+    for gamma in (0.0, 1.0, 2.0):
+        got = losses.modulation(torch.tensor(share), torch.tensor(p), gamma)
+        np.testing.assert_allclose(got, (1 - share) * (1 - p) ** gamma, rtol=1e-12)
+        assert ((got >= 0) & (got <= 1)).all()
+    assert losses.modulation(torch.tensor(0.5), torch.tensor(1.0), 0.0) == 0.5  # not 0: the factor is off
+
+
+def test_rows_of_cross_entropy_confidence_and_majority_of_images_and_maps(logits):
+    t = logits[0]
+    maps = np.random.default_rng(1).normal(size=(4, 5, 3, 2)) * 3
+    for x in (t, maps):
+        p = softmax(x)
+        y = np.arange(x.size // x.shape[1]).reshape(x.shape[0], *x.shape[2:]) % 5
+        expected = -np.log(np.take_along_axis(p, y[:, None], 1)[:, 0])
+        np.testing.assert_allclose(losses.cross_entropy_rows(torch.tensor(x), torch.tensor(y)), expected, rtol=1e-12)
+        np.testing.assert_allclose(losses.confidence(torch.tensor(x)), p.max(1), rtol=1e-12)
+        most = [np.bincount(named.ravel(), minlength=5).argmax() for named in x.argmax(1)]
+        assert losses.majority(torch.tensor(x)).tolist() == most
+        np.testing.assert_allclose(losses.per_image(torch.tensor(expected)), expected.reshape(len(x), -1).mean(1), rtol=1e-12)
+
+
+def test_importance_weights():
+    p = np.array([0.1, 0.25, 0.05, 0.25])
+    got = losses.importance(torch.tensor(p), torch.tensor(8), torch.tensor(0.4))
+    np.testing.assert_allclose(got, (8 * p) ** -0.4, rtol=1e-12)
+    np.testing.assert_allclose(losses.to_batch_max(got), (8 * p) ** -0.4 / (8 * 0.05) ** -0.4, rtol=1e-12)
+    assert losses.importance(torch.tensor(p), torch.tensor(8), torch.tensor(0.0)).tolist() == [1] * 4

@@ -16,11 +16,13 @@ def lowest(score: Tensor, n: int) -> Tensor:
 def entering(new: Tensor, stored: Tensor, places: int) -> Tensor:
     """The new rows that are among the `places` highest of new [n] and stored [N] together, highest first; of equals the stored one stays.
 
-    How many they are is read on the host. Returns int64 [k].
+    How many they are is read on the host, unless all have a place. Returns int64 [k].
     """
-    best = new.argsort(descending=True, stable=True)
     free = places - len(stored)
-    rivals = torch.cat((stored.new_full((max(0, free),), -torch.inf), stored.sort().values))[: len(new)]
+    best = new.argsort(descending=True, stable=True)
+    if free >= len(new):
+        return best
+    rivals = torch.cat((stored.new_full((free,), -torch.inf), stored.sort().values))[: len(new)]
     return best[: int((new[best] > rivals).sum())]  # one falls and the other rises, so those that win come first
 
 

@@ -215,8 +215,9 @@ class Ssd(Fast):
     def learn(self) -> None:
         rows, w = self.draw()
         x = self.view(rows, self.kd_aug, name="kd", scale=self.kd_scale)
+        plain = self.plain(rows) if self.delta_view == "plain" else None  # before the forward that moves the student's running statistics
         t, s = self.answers(x), self.student(x)
-        now = self.plain(rows) if self.delta_view == "plain" else losses.per_image(losses.kl_rows(t, s.detach(), self.delta_tau))
+        now = losses.per_image(losses.kl_rows(t, s.detach(), self.delta_tau)) if plain is None else plain
         kl = losses.per_image(losses.kl_rows(t, s, self.tau))
         self.minimise({"kl": self.tau**2 * (self.loss_weight(w) * kl).mean()}, self.opt_s)
         self.write_back(rows, now, w)

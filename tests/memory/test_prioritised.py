@@ -17,7 +17,7 @@ from fastkd.engine import loop, state
 from fastkd.engine.dry import walk
 from fastkd.errors import ConfigError
 from fastkd.memory import Prioritised, Rows, Store
-from fastkd.memory.evict import frequent, lowest
+from fastkd.memory.evict import entering, frequent, lowest
 from fastkd.method import Method, Step, step
 from fastkd.ops import replay_sums
 from fastkd.rng import Rng
@@ -65,6 +65,25 @@ def test_write_changes_drawn_rows_only_and_settles_duplicates():
         assert torch.equal(s.sums, replay_sums(s.leaves))
 
 
+def test_columns_are_written_with_the_priorities():
+    s = store(4, w=torch.float32)
+    s.add(torch.rand(4, *SHAPE), torch.ones(4), label=torch.zeros(4), w=torch.ones(4))
+    s.write(torch.tensor([2, 0, 2]), torch.tensor([6.0, 7.0, 2.0]), w=torch.tensor([0.5, 0.25, 0.5]))
+    assert s.columns["w"].tolist() == [0.25, 1, 0.5, 1] and s.leaves.tolist() == [7, 1, 2, 1]
+
+
+def test_uniform_draws_are_those_of_equal_priorities():
+    s = store(8)
+    fill(s, torch.ones(7))
+    rows, index, p = s.draw(4096)
+    s.rng.at(0, 0, "draw", 0)
+    s.write(torch.tensor([5]), torch.tensor([40.0]))
+    same, again, q = s.draw(4096, uniform=True)
+    assert torch.equal(index, again) and torch.equal(p, q) and torch.equal(rows.index, same.index)
+    assert again.unique().tolist() == list(range(7)), "what is not stored is not drawn"
+    assert not torch.equal(s.draw(4096, uniform=True).i, again), "a step's second draw differs"
+
+
 def test_alpha_is_an_exponent_and_can_be_changed():
     s = store(3, alpha=0.5)
     fill(s, [4, 9, 0])
@@ -108,6 +127,16 @@ def test_the_most_frequent_class_gives_up_its_lowest(seed):
 
 def test_lowest_of_equals_is_the_first():
     assert lowest(torch.tensor([2.0, 1.0, 1.0, 0.0]), 3).tolist() == [3, 1, 2]
+
+
+@pytest.mark.parametrize(("places", "stored"), [(9, 4), (6, 4), (6, 6), (40, 6)])
+def test_the_new_rows_that_are_among_the_highest(places, stored):
+    gen = torch.Generator().manual_seed(places)
+    new, old = torch.rand(5, generator=gen), torch.rand(stored, generator=gen)
+    highest = torch.cat([new, old]).sort(descending=True).values[:places]
+    expected = sorted((i for i in range(5) if new[i] in highest), key=lambda i: -new[i])
+    assert entering(new, old, places).tolist() == expected
+    assert entering(old.min()[None], old, stored).tolist() == [], "of equals the stored one stays"
 
 
 @pytest.mark.parametrize(
@@ -163,7 +192,7 @@ def test_histogram_equals_a_recount_after_any_inserts():
     for n in (3, 10, 20, 1, 19, 7):
         fill(s, torch.rand(n, generator=gen), torch.randint(0, 3, (n,), generator=gen).tolist())
         recount = torch.bincount(s.columns["label"][: len(s)].long(), minlength=3)
-        assert torch.equal(s.hist, recount) and len(s) <= 20
+        assert torch.equal(s.hist, recount) and s.stored == len(s) <= 20
         torch.testing.assert_close(s.share(), recount / len(s))
         torch.testing.assert_close(s.sums, replay_sums(s.leaves))
 
@@ -260,7 +289,7 @@ def prepared(seed=0):
 
 def test_its_tensors_are_its_state():
     tensors, numbers = state.collect(prepared())
-    expected = {"images", "leaves", "sums", "born", "hist", "refused", "order", "cursor", "columns.label", "columns.w"}
+    expected = {"images", "leaves", "sums", "born", "hist", "stored", "refused", "order", "cursor", "columns.label", "columns.w"}
     assert {k.removeprefix("store.") for k in tensors if k.startswith("store.")} == expected
     assert {"store.fill", "store.written", "store.alpha"} <= set(numbers)
 

@@ -23,6 +23,7 @@ def test_what_is_written_is_read_back_after_quantisation(channels, quant):
     scaled = x.clamp(0, 1) * 255
     expected = (scaled.floor() if quant == "floor" else scaled.round()).to(torch.uint8)
     assert torch.equal(s.images[:4], expected.permute(0, 2, 3, 1)) and len(s) == 4
+    assert torch.equal(s.as_stored(x), s.read(torch.arange(4)))
     torch.testing.assert_close(s.read(torch.tensor([3, 0])), expected[[3, 0]].float() / 255)
     assert s.columns["label"][:4].tolist() == [0, 1, 2, 3] and s.columns["label"].dtype == torch.int16
 
@@ -31,7 +32,7 @@ def test_normalised_space_is_stored_as_it_is():
     rng = Rng()
     s, x = Store(rng, 3, (1, 2, 2), torch.float16), torch.randn(3, 1, 2, 2).half() * 5
     s.add(x)
-    assert torch.equal(s.read(torch.arange(3)), x.float())
+    assert torch.equal(s.read(torch.arange(3)), x.float()) and torch.equal(s.as_stored(x), x.float())
 
 
 def test_a_dealt_phase_is_whole_passes_without_replacement():
