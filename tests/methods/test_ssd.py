@@ -339,6 +339,17 @@ def test_a_row_drawn_for_the_first_time_gets_its_divergence_and_later_its_last_w
     assert (m.pool.columns["w"][rows] != 1).any()
 
 
+def test_a_row_that_was_drawn_more_than_once_gets_the_mean_over_its_views(monkeypatch):
+    m, seen = filled({"kd_batch": 32, "kd_aug": "crop_flip"}), []
+    view = type(m).view
+    monkeypatch.setattr(type(m), "view", lambda self, *a, **k: seen.append(view(self, *a, **k)) or seen[-1])
+    rows, student, _, _ = learning(m)
+    each, i = kl(m.teacher(seen[0]).logits.detach(), student(seen[0]).detach()), rows.numpy()
+    for row in np.unique(i):
+        np.testing.assert_allclose(m.pool.leaves[row], each[i == row].mean() + 1e-6, rtol=2e-3, atol=1e-6)
+    assert max(np.ptp(each[i == row]) for row in np.unique(i)) > 0.01
+
+
 def test_the_norm_of_weights_changes_the_loss_and_nothing_that_is_written():
     a, b = filled(), filled({"w_norm": "none"})
     ra, rb = learning(a)[0], learning(b)[0]
