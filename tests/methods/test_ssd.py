@@ -450,4 +450,4 @@ def test_recipes_of_the_published_pairs_have_the_hosts_weights_and_a_tenth_of_th
 
 @pytest.mark.slow
 def test_the_digits_recipe_beats_noise():
-    assert novel.top1("ssd-digits") > 0.7
+    assert novel.top1("ssd-digits") > 0.88  # measured: 0.954; noise: 0.446
