@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastkd import config, methods
+from fastkd import assemble, config, methods
 from fastkd.engine import dry, evaluation, loop, state
 from fastkd.errors import ConfigError, NumericalError
 from fastkd.memory import Rows
@@ -450,4 +450,6 @@ def test_recipes_of_the_published_pairs_have_the_hosts_weights_and_a_tenth_of_th
 
 @pytest.mark.slow
 def test_the_digits_recipe_beats_noise():
-    assert novel.top1("ssd-digits") > 0.88  # measured: 0.954; noise: 0.446
+    """Mean of the last ten epochs, measured: seeds 0 and 1 95.5 and 96.6 %, without the BN term 90.6 %; noise ends at 44.6 %."""
+    outcome = assemble.distil(config.resolve("ssd-digits", {"seed": 0, "device": "cpu"}), None)
+    assert outcome.summary["student"]["last10"] > 0.93
