@@ -1,6 +1,5 @@
-"""SSD-KD (Liu et al., "Small Scale Data-Free Knowledge Distillation", CVPR 2024; arXiv 2406.07876): FastDFKD with a small buffer that is
-balanced by a modulating function and partly replaced, and from which images are drawn by how far the student is from the teacher.
-Reconstructed, as no code is public: what the sources leave open is a switch with a stated default."""
+"""SSD-KD: FastDFKD with a small buffer that is balanced by a modulating function and partly replaced, and from which images are drawn by
+how far the student is from the teacher on them."""
 
 from __future__ import annotations
 
@@ -16,9 +15,20 @@ from fastkd.errors import ConfigError
 from fastkd.memory import Prioritised, Rows
 from fastkd.memory.evict import entering, lowest
 from fastkd.method import Count, Rate, Step, Weight, step
+from fastkd.methods._card import Card
 from fastkd.methods._pool import Call
 from fastkd.methods.fast import Fast
 from fastkd.nn import Trace
+
+CARD = Card(
+    paper="Liu et al., Small Scale Data-Free Knowledge Distillation",
+    venue="CVPR",
+    year=2024,
+    basis="reconstructed",
+    source="abstract, third-party notes and recalled equations, on top of FastDFKD; exponents, schedule and eviction rule are ours",
+    needs=("bn",),
+    terms=("bn", "oh", "adv", "kl"),
+)
 
 
 class LowestPhi(Prioritised):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastkd import assemble, config, methods
+from fastkd import assemble, config, methods, recipes
+from fastkd.assemble.job import make_method
 from fastkd.engine import dry, evaluation, loop, state
 from fastkd.errors import ConfigError, NumericalError
 from fastkd.memory import Rows
@@ -439,12 +440,12 @@ def test_a_dense_teacher_is_distilled_per_pixel():
 
 
 def test_recipes_of_the_published_pairs_have_the_hosts_weights_and_a_tenth_of_the_images():
-    for pair, adv, oh in (("r34-r18", 1.33, 0.5), ("v11-r18", 1.0, 0.5), ("wrn40_2", 1.1, 0.4)):
-        table = config.read_recipe(f"ssd-cifar-{pair}")["method"]
-        m = methods.method_class(table.pop("name"))(**table)
-        assert (m.capacity, m.adv, m.oh, m.bn, m.epochs, m.kd_steps) == (5000, adv, oh, 10, 220, 400)
-    table = config.read_recipe("ssd-nyuv2")["method"]
-    m = methods.method_class(table.pop("name"))(**table)
+    for data in ("cifar10", "cifar100"):
+        for pair in recipes.pairs("ssd")["ssd"][data]:
+            m, host = (make_method(recipes.read(f"{stem}-{data}-{pair}")["method"]) for stem in ("ssd", "fast-5"))
+            assert m.capacity == 5000
+            assert all(getattr(m, f.name) == getattr(host, f.name) for f in dataclasses.fields(host))
+    m = make_method(recipes.read("ssd-nyuv2")["method"])
     assert m.calls(m.warmup) * m.batch <= m.capacity <= m.calls(m.epochs) * m.batch
 
 
