@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastkd.data.names import printable
 from fastkd.errors import ConfigError, InputError, nearest, unknown
 
 if TYPE_CHECKING:
@@ -30,9 +31,11 @@ class DatasetEntry:
       description: what it is, in a few words.
       classes, channels, size: number of classes, of channels, and the side of an image in pixels.
       constants: key in `fastkd.data.constants.CONSTANTS`.
-      reader: "module:function", called with (path or None, split, progress).
+      reader: "module:function", called with (path or None, split, progress); with `sized` also with size= (int or None).
       flip, pad: whether an image may be mirrored, and by how many pixels a crop is padded.
       needs: "" (comes with fastkd), "dir" (NAME:DIR only) or "dir?" (DIR has a default).
+      sized: the reader decodes at the size that is wanted, so that a large set is never held at another one.
+      dense: labels of pixels; `size` is then that of the crops a network is trained on, and images are larger (`data.dense`).
     """
 
     description: str
@@ -44,6 +47,8 @@ class DatasetEntry:
     needs: str
     flip: bool = True
     pad: int = 4
+    sized: bool = False
+    dense: bool = False
 
 
 DATASETS: dict[str, DatasetEntry] = {
@@ -52,6 +57,19 @@ DATASETS: dict[str, DatasetEntry] = {
     "fashion-mnist": DatasetEntry("Fashion-MNIST, IDX files", 10, 1, 28, "fashion-mnist", "fastkd.data.idx:fashion_mnist", "dir?", True, 2),
     "cifar10": DatasetEntry("CIFAR-10: binary, python or WebP form", 10, 3, 32, "cifar10", "fastkd.data.cifar:cifar10", "dir"),
     "cifar100": DatasetEntry("CIFAR-100: binary, python or WebP form", 100, 3, 32, "cifar100", "fastkd.data.cifar:cifar100", "dir"),
+    "svhn": DatasetEntry("SVHN, cropped digits (.mat)", 10, 3, 32, "svhn", "fastkd.data.svhn:read", "dir", False, 0),
+    "tiny-imagenet": DatasetEntry(
+        "Tiny-ImageNet, the folder tiny-imagenet-200", 200, 3, 64, "tiny-imagenet", "fastkd.data.tiny_imagenet:read", "dir", sized=True
+    ),
+    "imagenet": DatasetEntry(
+        "ImageNet-1k, folders train and val", 1000, 3, 224, "imagenet", "fastkd.data.ilsvrc:read", "dir", True, 28, sized=True
+    ),
+    "nyuv2": DatasetEntry(
+        "NYUv2, labels of pixels, 13 classes", 13, 3, 128, "half", "fastkd.data.nyuv2:read", "dir", True, 16, sized=True, dense=True
+    ),
+    "camvid": DatasetEntry(
+        "CamVid, labels of pixels, 11 classes", 11, 3, 128, "half", "fastkd.data.camvid:read", "dir", True, 16, sized=True, dense=True
+    ),
     "imagenet-compat": DatasetEntry(
         "1,000 photographs with ImageNet-1k classes (compat1000_224px.npz)",
         1000,
@@ -110,12 +128,13 @@ def open_set(
     Args:
       spec: NAME, NAME:DIR, DIR (one sub-folder a class, or train and test|val sub-folders of such) or "none".
       split: "train" or "test".
-      size: side of the square images wanted; None keeps the set's own.
+      size: side of the square images wanted; None keeps the set's own. Dense sets keep the shape of their images: the shorter side is
+        twice `size`, and training takes crops of `size` from them.
       channels: 1 or 3; None keeps the set's own (3 for image folders).
       progress: called with (images done, images in all) now and then while a folder is decoded.
 
     Returns:
-      The set, images uint8 [N, H, W, C], labels int64 [N]; None for "none".
+      The set, images uint8 [N, H, W, C], labels int64 [N] (dense: [N, H, W]); None for "none".
 
     Raises:
       ConfigError: an unknown name, split, size or channel count.
@@ -134,13 +153,18 @@ def open_set(
 
         assert path is not None
         return read_folder(path, split, size=size, channels=channels or 3, progress=progress)
-    module, _, function = DATASETS[name].reader.partition(":")
-    return convert(getattr(importlib.import_module(module), function)(path, split, progress), size, channels)
+    entry = DATASETS[name]
+    module, _, function = entry.reader.partition(":")
+    read = getattr(importlib.import_module(module), function)
+    try:
+        found = read(path, split, progress, size=size) if entry.sized else read(path, split, progress)
+    except OSError as error:
+        where = printable(str(error.filename or path))
+        raise InputError(f"'{where}' cannot be read: {error.strerror or type(error).__name__}") from None
+    return convert(found, None if entry.sized else size, channels)
 
 
-def open_images(
-    spec: str, *, size: int | None = None, channels: int | None = None, progress: Progress | None = None
-) -> ImageSet | None:
+def open_images(spec: str, *, size: int | None = None, channels: int | None = None, progress: Progress | None = None) -> ImageSet | None:
     """Images to learn from: the training split that `open_set` gives, or all pictures of a folder that has no class sub-folders.
 
     Returns:

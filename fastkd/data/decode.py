@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from os import cpu_count
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from fastkd.errors import InputError
 
 # A photograph of 8192 x 8192 still passes; what claims more is refused before a pixel is decoded.
 MAX_PIXELS = 1 << 26
+Progress = Callable[[int, int], None]
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF"]
 
 
@@ -29,11 +32,12 @@ def quiet() -> Iterator[None]:
 
 def header(source: Path | bytes, name: str) -> tuple[int, int]:
     """(height, width) without decoding. Raises InputError for a bomb, anything else for a file that is no picture."""
-    with _open(source, name) as picture:
+    with open_picture(source, name) as picture:
         return picture.height, picture.width
 
 
-def _open(source: Path | bytes, name: str) -> Image.Image:
+def open_picture(source: Path | bytes, name: str) -> Image.Image:
+    """A picture whose header alone was read. Raises InputError for a bomb, anything else for a file that is no picture."""
     try:
         picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     except Image.DecompressionBombError:
@@ -86,7 +90,7 @@ def decode(source: Path | bytes, name: str, size: int, channels: int) -> np.ndar
       InputError: a decompression bomb.
       Exception: whatever Pillow raises for a file that is truncated or no picture; the caller counts it.
     """
-    with _open(source, name) as picture:
+    with open_picture(source, name) as picture:
         picture.load()
         out = eval_transform(_eight_bit(picture, channels), size)
     return np.asarray(out, np.uint8).reshape(size, size, channels)
@@ -113,3 +117,37 @@ class Unreadable:
         if len(self.bad) * 100 > total:
             raise InputError(f"'{printable(self.name)}': {text}, more than 1 %: {shown}{more}")
         return [f"{text} and were left out: {shown}{more}"]
+
+
+def each(names: Sequence[str], one: Callable[[int], None], title: str, progress: Progress | None) -> tuple[list[int], list[str]]:
+    """Call `one(i)`, which decodes picture i, for all `names`, on several threads.
+
+    Returns:
+      The numbers of the pictures that could be read, in order, and notes.
+    Raises:
+      InputError: what `one` raises of that kind; more than 1 % that cannot be read.
+    """
+
+    def tried(i: int) -> Exception | None:
+        try:
+            one(i)
+        except InputError:
+            raise
+        except Exception as error:  # Pillow's decoders raise almost anything for damaged files; the set's rule decides
+            return error
+        return None
+
+    bad, keep, total = Unreadable(title), list[int](), len(names)
+    with quiet(), ThreadPoolExecutor(min(8, cpu_count() or 1)) as pool:
+        try:
+            for i, error in enumerate(pool.map(tried, range(total))):
+                if error is None:
+                    keep.append(i)
+                else:
+                    bad.add(names[i], error)
+                if progress is not None and ((i + 1) % 256 == 0 or i + 1 == total):
+                    progress(i + 1, total)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return keep, bad.note(total)

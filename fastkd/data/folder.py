@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from fastkd.data.decode import Unreadable, decode, header, quiet
+from fastkd.data.decode import Progress, decode, each, header, quiet
 from fastkd.data.image_set import ImageSet, check_memory, check_wish
 from fastkd.data.names import printable
 from fastkd.errors import InputError
 
-_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
+ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip", ".7z", ".rar")
 _TEST_NAMES = ("test", "val", "valid", "validation")
 _DEFAULT_SIZE = 224
 _DEEPEST = 8
-Progress = Callable[[int, int], None]
 
 
 @dataclass
-class _Listing:
+class Listing:
     """What lies in an image folder: (path, class) of every picture, the class names, the files that are no pictures."""
 
     files: list[tuple[Path, int]] = field(default_factory=list)
@@ -38,11 +35,11 @@ def _hidden(name: str) -> bool:
     return name.startswith((".", "__MACOSX"))
 
 
-def _sub_folders(folder: Path) -> list[Path]:
-    return sorted((p for p in folder.iterdir() if not _hidden(p.name) and _is_dir(p)), key=lambda p: p.name)
+def sub_folders(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.iterdir() if not _hidden(p.name) and is_dir(p)), key=lambda p: p.name)
 
 
-def _is_dir(path: Path) -> bool:
+def is_dir(path: Path) -> bool:
     try:
         path.stat()
     except OSError as error:
@@ -52,7 +49,7 @@ def _is_dir(path: Path) -> bool:
     return path.is_dir()
 
 
-def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
+def walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
     """All files below `folder`, by name; links are followed, a folder inside itself is refused."""
     state = folder.stat()
     here = (state.st_dev, state.st_ino)
@@ -65,15 +62,15 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
     for path in sorted(folder.iterdir(), key=lambda p: p.name):
         if _hidden(path.name):
             continue
-        if _is_dir(path):
-            yield from _walk(path, (*above, here))
+        if is_dir(path):
+            yield from walk(path, (*above, here))
         else:
             yield path
 
 
 def _pick_split(folder: Path, split: str) -> tuple[Path, list[str]]:
     """The folder of class folders for a split, and what is to be said about it."""
-    found = _sub_folders(folder)
+    found = sub_folders(folder)
     by_name = {path.name.lower(): path for path in found}
     tests = [by_name[name] for name in _TEST_NAMES if name in by_name]
     splits = {"train", *_TEST_NAMES}
@@ -89,13 +86,13 @@ def _pick_split(folder: Path, split: str) -> tuple[Path, list[str]]:
     return wanted, [f"the {split} images are those of its sub-folder {wanted.name}"] if wanted.name != split else []
 
 
-def _list(folder: Path, classes: list[Path]) -> _Listing:
-    out = _Listing()
+def _list(folder: Path, classes: list[Path]) -> Listing:
+    out = Listing()
     top = (folder.stat().st_dev, folder.stat().st_ino)
     for label, place in enumerate(classes):
         out.names.append(printable(place.name))
-        for path in _walk(place, (top,)):
-            if path.suffix.lower() in _ENDINGS:
+        for path in walk(place, (top,)):
+            if path.suffix.lower() in ENDINGS:
                 out.files.append((path, label))
             else:
                 out.others.append(str(path.relative_to(folder)))
@@ -157,39 +154,17 @@ def decode_all(
     total = len(names)
     out = np.empty((total, size, size, channels), np.uint8)
 
-    def one(i: int) -> Exception | None:
-        try:
-            out[i] = decode(source(i), names[i], size, channels)
-        except InputError:
-            raise
-        except Exception as error:  # Pillow's decoders raise almost anything for damaged files; the set's rule decides
-            return error
-        return None
+    def one(i: int) -> None:
+        out[i] = decode(source(i), names[i], size, channels)
 
-    bad = Unreadable(title)
-    keep: list[int] = []
-    with quiet(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        try:
-            for i, error in enumerate(pool.map(one, range(total))):
-                if error is None:
-                    keep.append(i)
-                else:
-                    bad.add(names[i], error)
-                if progress is not None and ((i + 1) % 256 == 0 or i + 1 == total):
-                    progress(i + 1, total)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    notes = bad.note(total)
+    keep, notes = each(names, one, title, progress)
     for to, i in enumerate(keep):  # close the gaps in place: the array may be most of the memory
         if to != i:
             out[to] = out[i]
     return torch.from_numpy(out[: len(keep)]), torch.tensor(keep, dtype=torch.int64), notes
 
 
-def read_folder(
-    folder: Path, split: str, *, size: int | None = None, channels: int = 3, progress: Progress | None = None
-) -> ImageSet:
+def read_folder(folder: Path, split: str, *, size: int | None = None, channels: int = 3, progress: Progress | None = None) -> ImageSet:
     """An image folder, decoded once through the evaluation transform (`decode.eval_transform`).
 
     Args:
@@ -204,13 +179,13 @@ def read_folder(
     """
     shown = printable(str(folder))
     check_wish(size, channels)
-    if not _is_dir(folder):
+    if not is_dir(folder):
         if folder.name.lower().endswith(_ARCHIVES):
             raise InputError(f"'{shown}' is an archive and archives are not opened; unpack it and name the folder")
         raise InputError(f"'{shown}' is no folder; expected a folder with one sub-folder a class")
     try:
         place, notes = _pick_split(folder, split)
-        classes = _sub_folders(place)
+        classes = sub_folders(place)
         if not classes:
             raise InputError(f"'{printable(str(place))}' has no class sub-folders; expected one sub-folder a class{_hint(place)}")
         listing = _list(place, classes)
@@ -220,21 +195,21 @@ def read_folder(
         raise InputError(f"'{printable(str(place))}' has one class sub-folder ('{listing.names[0]}'); expected at least two")
     if not listing.files:
         raise InputError(
-            f"'{printable(str(place))}' has {len(classes)} class sub-folders but no images ({', '.join(sorted(_ENDINGS))}) in them"
+            f"'{printable(str(place))}' has {len(classes)} class sub-folders but no images ({', '.join(sorted(ENDINGS))}) in them"
         )
     with_images = {label for _, label in listing.files}
     if 2 * len(with_images) < len(classes):
         bare = ", ".join(name for label, name in enumerate(listing.names[:20]) if label not in with_images)
         raise InputError(f"'{printable(str(place))}': most sub-folders have no images ({bare}); expected one sub-folder a class")
-    return _image_set(folder, place, split, listing, notes, size, channels, progress)
+    return read_listing(folder, place, split, listing, notes, size, channels, progress)
 
 
 def has_classes(folder: Path) -> bool:
     """Whether the training images of a folder stand in class sub-folders; False for a folder of pictures alone."""
-    place = _pick_split(folder, "train")[0] if _is_dir(folder) else folder
-    if not _is_dir(place):
+    place = _pick_split(folder, "train")[0] if is_dir(folder) else folder
+    if not is_dir(place):
         return True  # the reader of class folders says what is wrong
-    return len(_sub_folders(place)) > 1 and not any(p.suffix.lower() in _ENDINGS for p in place.iterdir() if not _hidden(p.name))
+    return len(sub_folders(place)) > 1 and not any(p.suffix.lower() in ENDINGS for p in place.iterdir() if not _hidden(p.name))
 
 
 def read_pictures(folder: Path, *, size: int | None = None, channels: int = 3, progress: Progress | None = None) -> ImageSet:
@@ -244,25 +219,32 @@ def read_pictures(folder: Path, *, size: int | None = None, channels: int = 3, p
       InputError: no pictures, or as `read_folder`.
     """
     check_wish(size, channels)
-    listing = _Listing()
+    listing = Listing()
     try:
         place, notes = _pick_split(folder, "train")
-        for path in _walk(place, ()):
-            if path.suffix.lower() in _ENDINGS:
+        for path in walk(place, ()):
+            if path.suffix.lower() in ENDINGS:
                 listing.files.append((path, -1))
             else:
                 listing.others.append(str(path.relative_to(place)))
     except OSError as error:
         raise InputError(f"'{printable(str(folder))}' cannot be read: {error.strerror or type(error).__name__}") from None
     if not listing.files:
-        raise InputError(f"'{printable(str(place))}' has no pictures ({', '.join(sorted(_ENDINGS))}){_hint(place)}")
-    return _image_set(folder, place, "train", listing, [*notes, "the pictures have no labels"], size, channels, progress)
+        raise InputError(f"'{printable(str(place))}' has no pictures ({', '.join(sorted(ENDINGS))}){_hint(place)}")
+    return read_listing(folder, place, "train", listing, [*notes, "the pictures have no labels"], size, channels, progress)
 
 
-def _image_set(
-    folder: Path, place: Path, split: str, listing: _Listing, notes: list[str], size: int | None, channels: int, progress: Progress | None
+def read_listing(
+    folder: Path, place: Path, split: str, listing: Listing, notes: list[str], size: int | None, channels: int, progress: Progress | None
 ) -> ImageSet:
-    """Decode what is listed."""
+    """Decode what is listed into a set without constants.
+
+    Args:
+      folder: what the set is called by. place: what the names of the pictures are relative to.
+      size: side of the images; None: the pictures' own where all are square and alike, else 224.
+    Raises:
+      InputError: more than 8 GiB, more than 1 % unreadable, a decompression bomb.
+    """
     shown = printable(str(folder))
     if listing.others:
         first = ", ".join(map(printable, listing.others[:5])) + (", …" if len(listing.others) > 5 else "")

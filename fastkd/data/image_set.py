@@ -15,6 +15,8 @@ from fastkd.errors import ConfigError, InputError
 
 # ITU-R 601 luma in 16-bit integers: equal to what Pillow's `convert("L")` gives, to the last bit.
 _LUMA = (19595, 38470, 7471)
+IGNORE = 255
+"""Dense label of a pixel that counts nowhere: it is neither learned from nor measured."""
 
 
 @dataclass
@@ -25,7 +27,8 @@ class ImageSet:
       name: what the set is called.
       split: "train" or "test".
       images: uint8 [N, H, W, C], C is 1 or 3.
-      labels: int64 [N], 0 … classes - 1; -1 where pictures have no labels (`data.open_images`).
+      labels: int64 [N], 0 … classes - 1; -1 where pictures have no labels (`data.open_images`). Dense sets: int64 [N, H, W], a class or
+        `IGNORE` for each pixel.
       class_names: one a class in label order, or None.
       mean, std: the set's constants, one value a channel for images in [0, 1], or None where the field has none.
       flip: may an image be mirrored and keep its label?
@@ -49,8 +52,9 @@ class ImageSet:
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.dim() != 4 or self.images.shape[3] not in (1, 3):
             raise ValueError(f"images must be uint8 [N, H, W, 1 or 3], not {self.images.dtype} {list(self.images.shape)}")
-        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
-            raise ValueError(f"labels must be int64 [{len(self.images)}], not {self.labels.dtype} {list(self.labels.shape)}")
+        if self.labels.dtype != torch.int64 or self.labels.shape not in (self.images.shape[:1], self.images.shape[:3]):
+            n, h, w, _ = self.images.shape
+            raise ValueError(f"labels must be int64 [{n}] or [{n}, {h}, {w}], not {self.labels.dtype} {list(self.labels.shape)}")
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -58,7 +62,14 @@ class ImageSet:
     @property
     def classes(self) -> int:
         """Number of classes: of the names where there are any, else of the labels."""
-        return len(self.class_names) if self.class_names is not None else int(self.labels.max()) + 1
+        if self.class_names is not None:
+            return len(self.class_names)
+        return int((self.labels[self.labels != IGNORE] if self.dense else self.labels).max()) + 1
+
+    @property
+    def dense(self) -> bool:
+        """Whether there is a label for each pixel."""
+        return self.labels.dim() == 3
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -78,8 +89,8 @@ class ImageSet:
     def subset(self, n: int, seed: int = 0) -> ImageSet:
         """`n` images, every class in proportion, in the set's order; the same ones for the same seed.
 
-        Each class gets the whole part of its share; what is left goes to the largest fractions, ties to the lower label.
-        `n` of at least the set's size returns the set itself.
+        Each class gets the whole part of its share; what is left goes to the largest fractions, ties to the lower label. Of a dense
+        set any `n` are drawn. `n` of at least the set's size returns the set itself.
 
         Raises:
           ConfigError: `n` is below 1.
@@ -88,6 +99,8 @@ class ImageSet:
             raise ConfigError(f"a subset needs at least 1 image, not {n}")
         if n >= len(self):
             return self
+        if self.dense:
+            return self._chosen(self._shuffled(seed)[:n].sort().values, seed)
         labels = self.labels.cpu()
         counts = torch.bincount(labels, minlength=self.classes)
         share = counts * n  # of len(self): kept as integers, so that the rule is exact
@@ -100,8 +113,10 @@ class ImageSet:
         """`n` images of every class, in the set's order; the same ones for the same seed, and a larger `n` holds the smaller ones' images.
 
         Raises:
-          ConfigError: a class has fewer images.
+          ConfigError: a class has fewer images, or the set is dense.
         """
+        if self.dense:
+            raise ConfigError(f"'{self.name}' has labels for pixels, so no image belongs to one class; expected a part of all images")
         counts = torch.bincount(self.labels.cpu(), minlength=self.classes)
         fewest = int(counts.min())
         if not 1 <= n <= fewest:
@@ -112,12 +127,19 @@ class ImageSet:
         """The first `take` [classes] images of each class in an order drawn by `seed`."""
         labels = self.labels.cpu()
         counts = torch.bincount(labels, minlength=self.classes)
-        shuffled = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        shuffled = self._shuffled(seed)
         by_class = shuffled[torch.argsort(labels[shuffled], stable=True)]  # classes one after another, each shuffled
         place = torch.arange(len(self)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-        chosen = by_class[place < torch.repeat_interleave(take, counts)].sort().values.to(self.images.device)
-        notes = [*self.notes, f"{len(chosen)} of {len(self)} images, drawn by class with seed {seed}"]
-        return dataclasses.replace(self, images=self.images[chosen], labels=self.labels[chosen], notes=notes)
+        return self._chosen(by_class[place < torch.repeat_interleave(take, counts)].sort().values, seed)
+
+    def _shuffled(self, seed: int) -> Tensor:
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+
+    def _chosen(self, rows: Tensor, seed: int) -> ImageSet:
+        how = "drawn" if self.dense else "drawn by class"
+        notes = [*self.notes, f"{len(rows)} of {len(self)} images, {how} with seed {seed}"]
+        rows = rows.to(self.images.device)
+        return dataclasses.replace(self, images=self.images[rows], labels=self.labels[rows], notes=notes)
 
 
 def luma(images: Tensor) -> Tensor:
