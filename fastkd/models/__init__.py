@@ -95,6 +95,13 @@ def _table() -> dict[str, ModelEntry]:
     for percent in (25, 50, 75, 100):
         text = f"MobileNet v1 x{percent / 100:g}, TensorFlow padding"
         table[f"mobilenet_v1_x{percent:03d}"] = ModelEntry("mobilenet_v1:mobilenet_v1", "imagenet", text, {"alpha": percent / 100}, 224)
+    for suffix, more, said in (
+        ("", {}, "rates 12/24/36"),
+        ("_dfad", {"rates": (12, 24, 32), "pad_input": True}, "rates 12/24/32, as DFAD has it"),
+    ):
+        for trunk, name in (("resnet50", "ResNet-50"), ("mobilenet_v2", "MobileNetV2")):
+            text = f"DeepLabV3 on a dilated {name} at 1/8, {said}; a class for each pixel"
+            table[f"deeplabv3_{trunk}{suffix}"] = ModelEntry("deeplab:deeplabv3", "segmentation", text, {"trunk": trunk, **more}, 128)
     text = "EfficientNet-Lite0, TensorFlow padding, ReLU6, no squeeze-and-excitation"
     table["efficientnet_lite0"] = ModelEntry("efficientnet_lite:efficientnet_lite0", "imagenet", text, {}, 224)
     return table
@@ -164,7 +171,7 @@ def build(spec: str, *, classes: int, channels: int = 3, input_size: int | tuple
       channels:   image channels, at least 1.
       input_size: height and width of the images, only needed by networks whose head depends on it; None: the name's own.
     Returns:
-      a module, images [N, channels, H, W] → logits [N, classes].
+      a module, images [N, channels, H, W] → logits [N, classes], of segmentation networks [N, classes, H, W].
     Raises:
       ConfigError: an unknown name, prefix or value, or an adapter that cannot deliver.
     """

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 HEADS = (
     *("linear", "fc", "classifier", "classifier.1", "conv_preds", "_fc"),
-    *("fc2", "head", "head.fc", "heads.head", "classifier.3", "classifier.6"),
+    *("fc2", "head", "head.fc", "heads.head", "classifier.3", "classifier.4", "classifier.6"),
 )
 """Where classifiers keep their last layer."""
 
-STEM = re.compile(r"_?(conv1|conv_?stem|stem|features\.0|block0\.0|conv)\b")
+STEM = re.compile(r"(backbone\.)?_?(conv1|conv_?stem|stem|features\.0|block0\.0|conv)\b")
 
 
 def head_of(state: Mapping[str, Tensor]) -> str | None:

@@ -14,11 +14,11 @@ class Basic(nn.Module):
 
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int, side: str):
+    def __init__(self, inputs: int, width: int, stride: int, side: str, dilation: int = 1):
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, dilation, dilation, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, dilation, dilation, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.side = side
         self.add_module(side, _shortcut(inputs, width, stride))
@@ -33,11 +33,11 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int, side: str):
+    def __init__(self, inputs: int, width: int, stride: int, side: str, dilation: int = 1):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, dilation, dilation, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * width)
@@ -57,14 +57,21 @@ def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
 
-def _stages(net: nn.Module, depth: int, side: str) -> int:
-    """Adds layer1 … layer4 to `net`; returns the width of the last map."""
+def _stages(net: nn.Module, depth: int, side: str, dilated: bool = False) -> int:
+    """Adds layer1 … layer4 to `net`; returns the width of the last map.
+
+    Args:
+      dilated: layer3 and layer4 keep their resolution; what follows a stride that is left out is dilated in its place.
+    """
     block = Basic if depth < 50 else Bottleneck
-    inputs = 64
+    inputs, dilation = 64, 1
     for i, (width, count) in enumerate(zip((64, 128, 256, 512), LAYERS[depth], strict=True)):
         blocks: list[nn.Module] = []
         for j in range(count):
-            blocks.append(block(inputs, width, 2 if i > 0 and j == 0 else 1, side))
+            stride = 2 if i > 0 and j == 0 and not (dilated and i > 1) else 1
+            blocks.append(block(inputs, width, stride, side, dilation))
+            if dilated and i > 1 and j == 0:
+                dilation *= 2
             inputs = width * block.expansion
         net.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
     return inputs
@@ -93,31 +100,41 @@ class CifarResNet(nn.Module):
         return self.linear(torch.flatten(self.pool(x), 1))
 
 
-class ResNet(nn.Module):
-    """7x7 stem with stride 2 and max-pooling. Keys: conv1 bn1 layer{1..4}.{j}.{conv*,bn*,downsample.*} fc, as torchvision's."""
+class Trunk(nn.Module):
+    """An ImageNet ResNet up to its last map, of `width` channels at 1/32 (dilated: 1/8). 7x7 stem at stride 2, max-pooling, four stages."""
 
     layer1: nn.Module
     layer2: nn.Module
     layer3: nn.Module
     layer4: nn.Module
 
-    def __init__(self, depth: int, classes: int, channels: int):
+    def __init__(self, depth: int, channels: int, dilated: bool = False):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        width = _stages(self, depth, "downsample")
+        self.width = _stages(self, depth, "downsample", dilated)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [N, c, H, W] → map [N, width, h, w]."""
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))  # type: ignore[no-any-return]
+
+
+class ResNet(Trunk):
+    """Keys: conv1 bn1 layer{1..4}.{j}.{conv*,bn*,downsample.*} fc, as torchvision's."""
+
+    def __init__(self, depth: int, classes: int, channels: int):
+        super().__init__(depth, channels)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(width, classes)
+        self.fc = nn.Linear(self.width, classes)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, c, H, W] → logits [N, classes]."""
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        return self.fc(torch.flatten(self.avgpool(super().forward(x)), 1))  # type: ignore[no-any-return]
 
 
 def cifar_resnet(*, depth: int, classes: int, channels: int, input_size: tuple[int, int]) -> CifarResNet:
