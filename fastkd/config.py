@@ -111,9 +111,9 @@ class TeachConfig(Section):
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of the steps in which the rate rises; cosine to 0 after")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of the target spread over all classes")
     aug: Literal["none", "crop", "crop_flip", "resized_crop"] = Field(
-        "crop_flip", description="augmentation; sets without flips (digits, SVHN) get none"
+        "crop_flip", description="augmentation; sets without flips (digits, SVHN) get none; with labels of pixels none, crop or crop_flip"
     )
-    input_size: Positive | None = Field(None, description="pixels; none: the data's own")
+    input_size: Positive | None = Field(None, description="pixels, with labels of pixels those of a crop; none: the data's own")
     mean: tuple[float, ...] | None = Field(None, description="normalisation mean; none: the field's constants of the data")
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(None, description="normalisation standard deviation")
     seed: int = Field(0, ge=0, lt=2**63, description="root seed of all draws")

@@ -31,6 +31,17 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(_wide(logits), labels)
 
 
+def pixel_cross_entropy(logits: Tensor, labels: Tensor, ignore: int, smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy over those pixels of the global batch whose label is not `ignore`; 0 where there are none.
+
+    Args:
+      logits: [B, C, H, W]. labels: int64 [B, H, W], 0 … C - 1 or `ignore`.
+      smoothing: share of the target that is spread over all classes.
+    """
+    loss = F.cross_entropy(_wide(logits), labels, ignore_index=ignore, label_smoothing=smoothing, reduction="sum")
+    return loss / ranks.mean((labels != ignore).sum().to(loss.dtype)).clamp_min(1)
+
+
 def cross_entropy_rows(logits: Tensor, labels: Tensor) -> Tensor:
     """`cross_entropy` of each row: logits [B, C] or [B, C, *S], int64 labels [B] or [B, *S] → [B] or [B, *S]."""
     return F.cross_entropy(_wide(logits), labels, reduction="none")

@@ -106,6 +106,8 @@ class Method:
     needs: ClassVar[frozenset[str]] = frozenset({"bn"})
     """What must be there before the first step: bn (a teacher with BatchNorm), embeddings (made where they are missing), data (real
     images). What depends on fields is for `check` to refuse."""
+    per_pixel: ClassVar[bool] = False
+    """Whether it distils networks that answer for each pixel (logits [B, C, H, W])."""
     space: ClassVar[Literal["unit", "normalised"]] = "unit"
     """Where its images live: [0, 1] and seen through `view`, or the teacher's normalised space."""
 

@@ -146,10 +146,10 @@ def _execute(job: Job, out: Path | None, *, resume: bool, anew: bool, listeners:
         if not resume:
             _write_json(out / "config.json", job.config)
         _write_json(out / "environment.json", environment())
-    teacher_top1 = None
+    score, reached = evaluation.headline(job.test), None
     if job.test is not None and given.teacher is not None:  # all ranks share the work
-        teacher_top1 = evaluation.accuracy(given.teacher, job.test, given.mean, given.std).top1
-    facts = {**job.facts, "teacher": {**job.facts.get("teacher", {}), "top1": teacher_top1}}
+        reached = evaluation.measure(given.teacher, job.test, given.mean, given.std)[score]
+    facts = {**job.facts, "teacher": {**job.facts.get("teacher", {}), score: reached}}
     events.write("start", method=job.name, **facts, device=str(given.device), precision=job.precision, epochs=method.epochs, notes=notes)
     events.status("running")
     try:
@@ -157,8 +157,8 @@ def _execute(job: Job, out: Path | None, *, resume: bool, anew: bool, listeners:
             code = loop.run(method, settings, events, out, stop, resume=resume, anew=anew)
         summary = _summary(job, facts, notes, events, out, time.monotonic() - began)
         if code == loop.DONE and out is not None and first:
-            top1 = summary["student"].get("top1")
-            last = {**job.metadata, **({"accuracy": f"{top1:.6f}"} if top1 is not None else {})}
+            reached = summary["student"].get(score)
+            last = {**job.metadata, **({"accuracy" if score == "top1" else score: f"{reached:.6f}"} if reached is not None else {})}
             models.save_weights(out / job.out_name, loop.student_tensors(method.student), last)
     except BaseException as e:
         if out is not None and final(out) is None:  # another rank may have said why already; what follows here is a consequence
@@ -171,14 +171,15 @@ def _execute(job: Job, out: Path | None, *, resume: bool, anew: bool, listeners:
 
 def _summary(job: Job, facts: dict[str, Any], notes: list[str], events: Events, out: Path | None, wall: float) -> dict[str, Any]:
     epochs = curve(out / "events.jsonl") if out is not None and ranks.rank() == 0 else events.epochs
-    scores = [e["top1"] for e in epochs if e.get("trained") and "top1" in e]
+    score = evaluation.headline(job.test)
+    scores = [e[score] for e in epochs if e.get("trained") and score in e]
     seconds: dict[str, float] = {}
     for e in epochs:
         for phase, s in e.get("seconds", {}).items():
             seconds[phase] = seconds.get(phase, 0.0) + s
     student = {
         **facts["student"],
-        "top1": scores[-1] if scores else None,
+        score: scores[-1] if scores else None,
         "best": max(scores, default=None),
         "last10": sum(scores[-10:]) / len(scores[-10:]) if scores else None,
         "mean": sum(scores) / len(scores) if scores else None,

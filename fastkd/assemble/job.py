@@ -123,6 +123,30 @@ def check_needs(method: Method, name: str, teacher: Teacher, has_real: bool) -> 
             raise ConfigError(f"method '{name}' needs {words[need]}; methods that work without: {', '.join(without) or 'none'}{off}.")
 
 
+def check_answers(method: Method, name: str, teacher: Teacher, student: Student, spec: str | None, test: Any) -> None:
+    """Refuse, before the first step, a teacher that answers for each pixel where student, method or data (`test`) do not, or the reverse.
+
+    Raises:
+      ConfigError: one sentence.
+    """
+    kind = {True: "for each pixel", False: "once an image"}
+    if teacher.dense != student.dense:
+        near = "deeplabv3_mobilenet_v2" if teacher.dense else "resnet18"
+        raise ConfigError(
+            f"the teacher answers {kind[teacher.dense]}, the student {kind[student.dense]}; expected the same, such as --student {near}."
+        )
+    if teacher.dense and not method.per_pixel:
+        able = [n for n in methods.names() if methods.method_class(n).per_pixel]
+        raise ConfigError(
+            f"the teacher answers for each pixel, method '{name}' needs one that answers once an image; expected {', '.join(able)}."
+        )
+    if test is not None and test.dense != teacher.dense:
+        labels = "labels of pixels" if test.dense else "one label an image"
+        raise ConfigError(
+            f"the teacher answers {kind[teacher.dense]}, '{spec}' has {labels}; expected the set it was trained on, or --data none."
+        )
+
+
 def label_embeddings(config: RunConfig, names: list[str] | None, classes: int, device: torch.device) -> tuple[Tensor, list[str]]:
     """The table of label-text embeddings [C, d_e] and what is to be said of it."""
     e = config.embeddings
@@ -146,7 +170,7 @@ def make_job(config: RunConfig, *, fake: bool = False) -> Job:
     test = None if config.data in (None, "none") else data.open_set(config.data, "test", size=teacher.shape[1], channels=teacher.shape[0])
     if test is not None:
         notes += test.notes
-        seen = len(test.class_names) if test.class_names else int(test.labels.max()) + 1
+        seen = test.classes
         if teacher.class_names and test.class_names and teacher.class_names != test.class_names:
             notes.append(
                 f"the class names of the teacher's weights are not those of '{config.data}'; accuracy means something only if the order is"
@@ -163,14 +187,14 @@ def make_job(config: RunConfig, *, fake: bool = False) -> Job:
     net, spec, said = make_student(config, teacher)
     notes += [f"student: {n}" for n in said]
     frozen = instrument(placed(copy.deepcopy(teacher.net), device, channels_last=config.channels_last), shape=teacher.shape)
+    student = Student(placed(net, device, channels_last=config.channels_last), shape=teacher.shape)
+    check_answers(method, name, frozen, student, config.data, test)
     real = real_images(config, method, name, teacher, test)
     check_needs(method, name, frozen, real is not None)
-    if test is not None and frozen(torch.zeros(1, *teacher.shape, device=device)).logits.dim() > 2:
-        raise ConfigError(f"the teacher answers per pixel, '{config.data}' has one label an image; expected --data none for segmentation.")
     notes += [] if real is None else [f"real images: {n}" for n in real.notes]
     given = Given(
         teacher=frozen,
-        student=Student(placed(net, device, channels_last=config.channels_last), shape=teacher.shape),
+        student=student,
         shape=teacher.shape,
         classes=teacher.classes,
         mean=torch.tensor(teacher.mean, device=device),

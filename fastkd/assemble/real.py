@@ -32,6 +32,10 @@ def real_images(config: RunConfig, method: Method, name: str, teacher: Network, 
     found = data.open_images(spec, size=teacher.shape[1], channels=teacher.shape[0])
     if found is None:
         return None
+    if found.dense:
+        raise ConfigError(
+            f"'{spec}' has labels of pixels, method '{name}' learns from whole images; expected another set, or a folder of pictures."
+        )
     if test is not None and torch.equal(found.images, test.images):
         raise InputError(
             f"'{spec}' has the same images for training and for testing; "

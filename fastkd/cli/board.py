@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastkd.cli.terminal import DRAW_SECONDS, Show
-from fastkd.cli.words import duration, percent, sparkline
+from fastkd.cli.words import SCORES, duration, percent, sparkline
 
 
 class Board(Show):
@@ -57,10 +57,10 @@ class Board(Show):
         )
         rows: list[Table | Text] = [grid]
         if self.scores:
-            best = f"  best {percent(max(self.scores))} (selected on test data)" if self.score_name == "top1" else ""
+            best = f"  best {percent(max(self.scores))} (selected on test data)" if self.score_name in SCORES else ""
             rows.append(Text.assemble((self.accuracy(), "bold green"), (best, "dim"), "  ", (sparkline(self.scores), "green")))
-        elif self.teacher_top1 is not None:
-            rows.append(Text(f"teacher {percent(self.teacher_top1)}; the student has not been measured yet", style="dim"))
+        elif self.teacher_score is not None:
+            rows.append(Text(f"teacher {percent(self.teacher_score)}; the student has not been measured yet", style="dim"))
         if self.terms:
             rows.append(Text("  ".join(self.losses()), style="dim", overflow="ellipsis", no_wrap=True))
         return Group(*rows)

@@ -1,4 +1,4 @@
-"""`fastkd eval`: accuracy of a network."""
+"""`fastkd eval`: accuracy of a network, or its mIoU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEYS = {key: key for key in ("spec", "weights", "mean", "std", "input_size", "cl
 @click.option("--channels", type=int, metavar="N", help="Image channels.")
 @click.option("--class-names", metavar="FILE", help="One class name a line, or a JSON list.")
 def command(network: str | None, data: str | None, limit: int | None, device: str, as_json: bool, **options: Any) -> int:
-    """Top-1 and top-5 accuracy of a run's student, or of any network, on a data set.
+    """Top-1 and top-5 accuracy of a run's student, or of any network, on a data set; with labels of pixels mIoU.
 
     \b
       fastkd eval runs/muse-digits-001
@@ -56,9 +56,10 @@ def command(network: str | None, data: str | None, limit: int | None, device: st
         return 0
     for note in result.get("notes", []):
         say(f"  {note}")
-    facts = [("network", result["spec"]), ("data", f"{data}, {result['images']:,} images"), ("top-1", percent(result["top1"])),
-             ("top-5", percent(result["top5"])), ("time", duration(result.get("seconds")))]  # fmt: skip
-    summary.print_facts(facts)
+    words = {"top1": "top-1", "top5": "top-5", "miou": "mIoU", "pixel_accuracy": "pixels right"}
+    scores = [(word, percent(result[key])) for key, word in words.items() if key in result]
+    where = ("network", result["spec"]), ("data", f"{data}, {result['images']:,} images")
+    summary.print_facts([*where, *scores, ("time", duration(result.get("seconds")))])
     return 0
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastkd.cli.words import duration, percent, size
+from fastkd.cli.words import SCORES, duration, judged_by, percent, size
 
 
 def console() -> Console:
@@ -39,14 +39,14 @@ def print_facts(facts: Sequence[tuple[str, object]]) -> None:
 
 
 def networks(summary: dict[str, Any]) -> list[list[str]]:
-    """Rows (who, network, parameters, top-1, which) of teacher and student."""
-    rows = []
+    """Rows (who, network, parameters, score, which) of teacher and student."""
+    rows, score = [], judged_by(summary.get("student"))
     for who in ("teacher", "student"):
         net = summary.get(who) or {}
         if net.get("spec"):
-            which = "last epoch" if who == "student" and net.get("top1") is not None else ""
+            which = "last epoch" if who == "student" and net.get(score) is not None else ""
             name = "network" if who == "student" and not (summary.get("teacher") or {}).get("spec") else who
-            rows.append([name, net["spec"], f"{net['parameters']:,}", percent(net.get("top1")), which])
+            rows.append([name, net["spec"], f"{net['parameters']:,}", percent(net.get(score)), which])
     best = (summary.get("student") or {}).get("best")
     if best is not None:
         rows.append(["", "", "", percent(best), "best epoch, selected on test data: do not quote it as a result"])
@@ -57,10 +57,12 @@ def facts(summary: dict[str, Any], out: Path | None) -> list[tuple[str, str]]:
     """What stands under the table of networks."""
     rows: list[tuple[str, str]] = []
     teacher, student = (summary.get("teacher") or {}), (summary.get("student") or {})
-    if teacher.get("top1") and student.get("top1") is not None:
-        gap = 100 * (student["top1"] - teacher["top1"])
+    score = judged_by(student)
+    if teacher.get(score) and student.get(score) is not None:
+        gap, share = 100 * (student[score] - teacher[score]), student[score] / teacher[score]
+        what = "accuracy" if score == "top1" else SCORES[score]
         smaller = f", with {student['parameters'] / teacher['parameters']:.0%} of its parameters" if teacher.get("parameters") else ""
-        rows.append(("gap", f"{gap:+.2f} points; {student['top1'] / teacher['top1']:.1%} of the teacher's accuracy{smaller}"))
+        rows.append(("gap", f"{gap:+.2f} points; {share:.1%} of the teacher's {what}{smaller}"))
     if teacher.get("spec") and student.get("last10") is not None:
         rows.append(("last 10", f"{percent(student['last10'])} on average"))
     if summary.get("agreement") is not None:
@@ -81,7 +83,8 @@ def facts(summary: dict[str, Any], out: Path | None) -> list[tuple[str, str]]:
 
 def show(summary: dict[str, Any], out: Path | None, code: int, following: str | None = None) -> None:
     """Table of networks, facts, and the command to use next."""
-    print_table(("", "network", ">parameters", ">top-1", ""), networks(summary))
+    score = SCORES[judged_by(summary.get("student"))]
+    print_table(("", "network", ">parameters", f">{score}", ""), networks(summary))
     rows = facts(summary, out)
     if code == 0 and (following or out is not None):
         measured = summary.get("data") not in (None, "none")

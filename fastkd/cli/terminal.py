@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from fastkd.cli.words import duration, number, percent
+from fastkd.cli.words import SCORES, duration, judged_by, number, percent
 
 Event = dict[str, Any]
 LINE_SECONDS, QUIET_SECONDS, TERMS_SECONDS, DRAW_SECONDS = 2.0, 60.0, 1.0, 0.2
@@ -44,7 +44,7 @@ class Show:
 
     def __init__(self, stream: TextIO, now: Callable[[], float] = time.monotonic, folder: Path | None = None):
         self.stream, self.now, self.folder = stream, now, folder
-        self.title, self.teacher_top1 = "", None
+        self.title, self.teacher_score = "", None
         self.epoch, self.epochs, self.step, self.steps, self.phase = 0, 0, 0, 0, ""
         self.steps_per_second: float | None = None
         self.images_per_second: float | None = None
@@ -79,7 +79,7 @@ class Show:
 
     def on_start(self, event: Event) -> None:
         student, teacher = event.get("student") or {}, event.get("teacher") or {}
-        self.teacher_top1 = teacher.get("top1")
+        self.teacher_score = teacher.get(judged_by(teacher))
         self.epochs = event.get("epochs", 0)
         pair = f"{teacher['spec']} → {student.get('spec')}" if teacher.get("spec") else str(student.get("spec"))
         data = f", measured on {event['data']}" if event.get("data") not in (None, "none") else ", no evaluation data"
@@ -113,7 +113,7 @@ class Show:
     def on_epoch(self, event: Event) -> None:
         self.epoch, self.step, self.steps = event["epoch"], event["step"], event.get("steps", self.steps)
         self.terms = event.get("terms", {})
-        self.score_name = next((k for k in ("top1", "agreement") if event.get(k) is not None), self.score_name)
+        self.score_name = next((k for k in (*SCORES, "agreement") if event.get(k) is not None), self.score_name)
         if event.get(self.score_name) is not None and event.get("trained", True):
             self.scores.append(event[self.score_name])
         self.draw()
@@ -135,10 +135,10 @@ class Show:
         """The newest score beside the teacher's."""
         if not self.scores:
             return ""
-        if self.score_name != "top1":
+        if self.score_name not in SCORES:
             return f"agrees with teacher {percent(self.scores[-1])}"
-        beside = f" (teacher {percent(self.teacher_top1)})" if self.teacher_top1 is not None else ""
-        return f"top-1 {percent(self.scores[-1])}{beside}"
+        beside = f" (teacher {percent(self.teacher_score)})" if self.teacher_score is not None else ""
+        return f"{SCORES[self.score_name]} {percent(self.scores[-1])}{beside}"
 
     def losses(self) -> list[str]:
         """Terms as 'kl 0.12'; shares of skipped steps only where there were any."""

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 BLOCKS = "▁▂▃▄▅▆▇█"
+SCORES = {"top1": "top-1", "miou": "mIoU"}
+"""What networks are judged by, as events and summaries name it, and as people do."""
+
+
+def judged_by(values: Mapping[str, object] | None) -> str:
+    """The score that a network's line or an event has; top1 where it has none."""
+    return next((name for name in SCORES if (values or {}).get(name) is not None), "top1")
 
 
 def percent(share: float | None) -> str:

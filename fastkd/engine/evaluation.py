@@ -1,4 +1,4 @@
-"""How good the student is: accuracy on a data set, or, without data, agreement with the teacher on synthetic images."""
+"""How good the student is: accuracy or mIoU on a data set, or, without data, agreement with the teacher on synthetic images."""
 
 from __future__ import annotations
 
@@ -10,8 +10,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd import ranks
+from fastkd.data.image_set import IGNORE
+from fastkd.errors import InputError
 from fastkd.method import Method
 from fastkd.nn.augment import normalise
+
+SCORES = ("top1", "miou")
+"""The scores that a network is judged by, each by its kind of data."""
+
+
+def headline(data: Any) -> str:
+    """The score by which networks are judged on an `ImageSet` (None: on images with one label)."""
+    return "miou" if data is not None and data.dense else "top1"
+
+
+def measure(net: nn.Module, data: Any, mean: Tensor, std: Tensor) -> dict[str, float]:
+    """All scores of `net` on `data` (see `accuracy` and `segmentation`), its headline first; in 0 … 1.
+
+    Raises:
+      InputError: answers for whole images where `data` has labels of pixels, or the other way round.
+    """
+    if data.dense:
+        dense = segmentation(net, data, mean, std)
+        return {"miou": dense.miou, "pixel_accuracy": dense.pixel_accuracy}
+    result = accuracy(net, data, mean, std)
+    return {"top1": result.top1, "top5": result.top5}
 
 
 @dataclass(frozen=True)
@@ -43,13 +66,68 @@ def accuracy(net: nn.Module, data: Any, mean: Tensor, std: Tensor, batch: int = 
     images, labels = ranks.local(data.images), ranks.local(data.labels)
     hits = torch.zeros(2, dtype=torch.float64, device=mean.device)
     for rows, x in batches(images, mean, std, batch):
-        logits = net(x)
-        logits = logits if isinstance(logits, Tensor) else logits.logits
+        logits = _logits(net, x)
+        if logits.dim() != 2:
+            raise InputError(
+                f"the network answers for each pixel, '{data.name}' has one label an image; expected data with labels of pixels"
+            )
         top = logits.topk(min(5, logits.shape[1]), 1).indices == labels[rows, None]
         hits += torch.stack([top[:, 0].sum(), top.sum()])
     net.train(was_training)
     top1, top5 = (ranks.total(hits) / len(data.labels)).tolist()
     return Result(top1, top5, len(data.labels))
+
+
+@dataclass(frozen=True)
+class DenseResult:
+    """Mean over the classes of intersection over union, share of pixels whose class is named; in 0 … 1. `iou`: of each class, nan where
+    it is neither named nor to be found."""
+
+    miou: float
+    pixel_accuracy: float
+    iou: tuple[float, ...]
+    images: int
+
+
+def iou(confusion: Tensor) -> Tensor:
+    """Intersection over union of each class, [C]; nan where a class is in neither.
+
+    Args:
+      confusion: [C, C] floating, number of pixels by label (row) and answer (column).
+    """
+    hits = confusion.diagonal()
+    return hits / (confusion.sum(0) + confusion.sum(1) - hits)
+
+
+@torch.no_grad()
+def segmentation(net: nn.Module, data: Any, mean: Tensor, std: Tensor, batch: int = 16) -> DenseResult:
+    """mIoU of `net` in eval mode on all pixels of `data` that have a label, from one confusion table over all images and ranks.
+
+    Args:
+      data: a dense `ImageSet` on the device of `net`; images of any size.
+      mean, std: [C] constants that the network was trained with.
+    """
+    was_training, c = net.training, data.classes
+    net.eval()
+    images, labels = ranks.local(data.images), ranks.local(data.labels)
+    table = torch.zeros(c * c + 1, dtype=torch.float64, device=mean.device)  # the last place takes what is ignored
+    for rows, x in batches(images, mean, std, batch):
+        logits, y = _logits(net, x), labels[rows]
+        if logits.shape[2:] != y.shape[1:]:
+            found = f"a map of {' x '.join(map(str, logits.shape[2:]))}" if logits.dim() > 2 else "one label"
+            raise InputError(f"the network answers with {found}, '{data.name}' has labels of {y.shape[1]} x {y.shape[2]} pixels")
+        pairs = torch.where(y == IGNORE, c * c, y * c + logits.argmax(1))
+        table += torch.bincount(pairs.flatten(), minlength=len(table))
+    net.train(was_training)
+    confusion = ranks.total(table)[:-1].view(c, c)
+    each, share = iou(confusion), confusion.diagonal().sum() / confusion.sum()
+    return DenseResult(float(each.nanmean()), float(share), tuple(each.tolist()), len(data.labels))
+
+
+def _logits(net: nn.Module, x: Tensor) -> Tensor:
+    """What a network, or a teacher, answers."""
+    out = net(x)
+    return out if isinstance(out, Tensor) else out.logits
 
 
 @torch.no_grad()

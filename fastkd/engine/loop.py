@@ -159,7 +159,7 @@ def run(
             seconds=clock.flush(),
             wall=round(time.monotonic() - epoch_began, 4),
         )
-        saver.best(scores.get("top1"))
+        saver.best(scores)
         if asked() and epoch + 1 < method.epochs:
             return saver.stop((epoch + 1, 0), done)
     saver.save((method.epochs, 0), done)
@@ -177,8 +177,7 @@ def _evaluate(method: Method, settings: Settings) -> dict[str, float]:
     with autocast(method.device, settings.precision)():
         if settings.data is None:
             return evaluation.without_data(method)
-        result = evaluation.accuracy(method.student, settings.data, method.mean, method.std)
-    return {"top1": result.top1, "top5": result.top5}
+        return evaluation.measure(method.student, settings.data, method.mean, method.std)
 
 
 def _refuse_non_finite(terms: dict[str, float]) -> None:
@@ -244,7 +243,7 @@ class _Saver:
 
     def __init__(self, method: Method, settings: Settings, events: Events, out: Path | None):
         self.method, self.settings, self.events, self.out = method, settings, events, out
-        self.last, self.failed, self.best_top1 = time.monotonic(), 0, _best_so_far(out)
+        self.last, self.failed, self.highest = time.monotonic(), 0, _best_so_far(out)
 
     def due(self, done: int) -> bool:
         """Collective: all ranks must agree, so with several ranks time alone is asked of rank 0 at poll steps."""
@@ -306,12 +305,13 @@ class _Saver:
     def _student(self) -> dict[str, Tensor]:
         return student_tensors(self.method.student)
 
-    def best(self, top1: float | None) -> None:
+    def best(self, scores: dict[str, float]) -> None:
         """Keep the student of the best evaluation apart; its metadata says that test data selected it."""
-        if self.out is None or top1 is None or top1 <= self.best_top1 or ranks.rank():
+        name = next((name for name in evaluation.SCORES if name in scores), None)
+        if self.out is None or name is None or not scores[name] > self.highest or ranks.rank():
             return
-        self.best_top1 = top1
-        metadata = {**self.settings.student_metadata, "top1": f"{top1:.6f}", "note": "selected on test data"}
+        self.highest = scores[name]
+        metadata = {**self.settings.student_metadata, name: f"{self.highest:.6f}", "note": "selected on test data"}
         try:
             folder = self.out / "checkpoints" / "best"
             folder.mkdir(parents=True, exist_ok=True)
@@ -321,12 +321,12 @@ class _Saver:
 
 
 def _best_so_far(out: Path | None) -> float:
-    """The accuracy in the metadata of a best student that is there already, else -1."""
+    """The score in the metadata of a best student that is there already, else -1."""
     path = out / "checkpoints" / "best" / "student.safetensors" if out is not None else None
     try:
         with safe_open(path, "pt") as f:
-            return float(f.metadata()["top1"])
-    except (OSError, TypeError, KeyError, ValueError, SafetensorError):
+            return max(float(value) for name, value in f.metadata().items() if name in evaluation.SCORES)
+    except (OSError, TypeError, AttributeError, ValueError, SafetensorError):
         return -1.0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -29,6 +29,8 @@ CARD = Card(
 class DfadZju(Game):
     """Defaults: DFAD's rows in the zju benchmark tables [code]."""
 
+    per_pixel: ClassVar[bool] = True
+
     variant: Literal["original", "zju"] = "zju"
     """original: five student steps, then a generator step; zju: the other way round, as benchmark tables have it"""
     adv_form: Literal["l1", "log_l1"] = "l1"
@@ -45,7 +47,8 @@ class DfadZju(Game):
 @dataclass
 class Dfad(DfadZju):
     """Defaults: ResNet-34 → ResNet-18 on CIFAR-10/100 [code]. MNIST: epochs=40, batch=512, nz=100, lr=0.01, weight_decay=1e-4; Caltech101,
-    128 px: epochs=300, batch=64, generator_name=g_dfad_b, lr=0.05. The images are normalised with the teacher's own constants."""
+    128 px: epochs=300, batch=64, generator_name=g_dfad_b, lr=0.05; segmentation is the recipe dfad-nyuv2. The images are normalised with
+    the teacher's own constants."""
 
     variant: Literal["original", "zju"] = "original"
     epochs: Count = 500

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -32,9 +32,11 @@ CARD = Card(
 class Fast(PoolMethod):
     """Defaults: Fast-5, ResNet-34 → ResNet-18 on CIFAR-10/100 [code].
 
-    The ImageNet form is the recipe fast-imagenet. A teacher of dense predictions (logits [B, C, H, W]) is distilled per pixel: the
-    one-hot loss then asks for the class that the teacher itself names at each pixel, as no label map is known.
+    The ImageNet form is the recipe fast-imagenet, segmentation fast-nyuv2. A teacher of dense predictions (logits [B, C, H, W]) is
+    distilled per pixel: the one-hot loss then asks for the class that the teacher itself names at each pixel, as no label map is known.
     """
+
+    per_pixel: ClassVar[bool] = True
 
     generator_name: Literal["g_fast", "g_deep"] = "g_fast"
     """g_deep: a latent map on an H/16 grid, for 224 px"""

@@ -30,6 +30,7 @@ class Noise(StudentPhase):
     """All fields but `kind` and `n_images` are those of the run it is compared with; there is no warm-up."""
 
     needs: ClassVar[frozenset[str]] = frozenset(CARD.needs)
+    per_pixel: ClassVar[bool] = True
     epochs: Count = 200
     warmup: int = 0
     kind: Literal["gaussian", "uniform"] = "gaussian"
@@ -55,7 +56,7 @@ class Noise(StudentPhase):
 
     def student_terms(self, x: Tensor, t: Tensor, rows: Rows) -> dict[str, Tensor]:
         # A teacher may give nearly all noise one label: its confidence, and the share of the class it names most, are logged.
-        p = t.detach().softmax(1)
+        p = t.detach().softmax(1).movedim(1, -1).flatten(0, -2)  # of images, or of the pixels of dense predictions
         named = (p.argmax(1, keepdim=True) == torch.arange(self.classes, device=p.device)).to(p.dtype).mean(0)
         self.tell(confidence=p.amax(1).mean(), top_class=named.amax())
         return super().student_terms(x, t, rows)

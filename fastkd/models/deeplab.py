@@ -48,10 +48,9 @@ class DeepLabV3(nn.Module):
         super().__init__()
         self.backbone = trunk
         self.classifier = nn.Sequential(Aspp(width, rates), *_unit(WIDTH, 3), nn.Conv2d(WIDTH, classes, 1))
-        for part, mode in ((trunk, "fan_out"), (self.classifier, "fan_in")):  # fan in, so that first logits are small
-            for m in part.modules():
-                if isinstance(m, nn.Conv2d):
-                    nn.init.kaiming_normal_(m.weight, mode=mode, nonlinearity="relu")
+        for name, m in self.named_modules():
+            if isinstance(m, nn.Conv2d):  # the head by fan in, so that the first logits are small
+                nn.init.kaiming_normal_(m.weight, mode="fan_out" if name.startswith("backbone.") else "fan_in", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, c, H, W] → logits [N, classes, H, W]."""

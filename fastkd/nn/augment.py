@@ -65,6 +65,21 @@ def _take(x: Tensor, rows: Tensor, columns: Tensor, inside: Tensor | None = None
     return out if inside is None else torch.where(inside[:, None], out, out.new_zeros(()))
 
 
+def window(x: Tensor, index: Tensor, dy: Tensor, dx: Tensor, flip: Tensor, size: int) -> Tensor:
+    """Square crops of stored images or label maps, then a horizontal flip: `out[b, i, j] = x[index[b], dy[b] + i, dx[b] + j]`.
+
+    Args:
+      x: [N, H, W, …], any dtype; not differentiated.
+      index: [B] int64, which rows. dy, dx: [B] int64 in 0 … H - size, W - size. flip: [B] bool.
+    Returns:
+      [B, size, size, …].
+    """
+    across = torch.arange(size, device=x.device)
+    rows = dy[:, None] + across
+    columns = dx[:, None] + torch.where(flip[:, None], size - 1 - across, across)
+    return x[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
 def resized_crop(x: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor, flip: Tensor) -> Tensor:
     """A box of each image, resized to the size of the image (bilinear, as `F.interpolate(crop, align_corners=False)`), then flipped.
 

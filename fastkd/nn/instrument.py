@@ -45,6 +45,7 @@ class Teacher(nn.Module):
       target: [2, sum C] running mean and variance of the BatchNorm2d layers in call order, at least fp32.
       split: L + 1 offsets of the layers in `target`; (0,) without BatchNorm2d.
       classes: number of classes, or None where only a forward can tell and none was made.
+      dense: whether it answers for each pixel (logits [B, C, H, W]); False where no forward was made.
       report: what was fused, and what could not be.
     """
 
@@ -57,7 +58,7 @@ class Teacher(nn.Module):
         net = copy.deepcopy(getattr(net, "_orig_mod", net)).eval().requires_grad_(False)
         self.collector, self.report = Collector(), cast(list[str], [])
         self._counts, self._seen = Counts(), cast(tuple[int, ...] | None, None)
-        self._head_checked, self._wrong = False, ""
+        self._head_checked, self._wrong, self.dense = False, "", False
         layers = freeze_norms(net, self.collector)
         self.taps: fxg.Taps | None = None
         self._with_groups: nn.Module | None
@@ -116,7 +117,7 @@ class Teacher(nn.Module):
             raise InputError(f"the teacher does not take images of shape {tuple(shape)} (channels, height, width): {first}") from error
         finally:
             self.collector.stop()
-        self.classes = out.logits.shape[1]
+        self.classes, self.dense = out.logits.shape[1], out.logits.dim() > 2
         return layers if self.taps is not None else list(dict.fromkeys(order))
 
     def _image(self, shape: tuple[int, ...]) -> Tensor:

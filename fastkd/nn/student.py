@@ -26,8 +26,8 @@ class Student(nn.Module):
 
     Args:
       net: classifier, images [B, C, H, W] → logits [B, classes].
-      shape: (c, h, w) of an image. With it the network is run once (eval mode, no gradient, zeros), so that `feature_dim` and
-        `classes` are known for every network.
+      shape: (c, h, w) of an image. With it the network is run once (eval mode, no gradient, zeros), so that `feature_dim`,
+        `classes` and `dense` (it answers for each pixel) are known for every network.
     Raises:
       InputError: a network that does not take images of `shape`.
     """
@@ -39,6 +39,7 @@ class Student(nn.Module):
         head = self._reading.taps.head if self._reading.taps is not None else _last_linear(net)
         self.feature_dim = cast(int | None, getattr(head, "in_features", getattr(head, "in_channels", None)))
         self.classes = cast(int | None, getattr(head, "out_features", getattr(head, "out_channels", None)))
+        self.dense = False
         if shape is not None:
             self._probe(shape)
 
@@ -50,7 +51,7 @@ class Student(nn.Module):
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
             first = (str(error).splitlines() or [""])[0]
             raise InputError(f"the student does not take images of shape {tuple(shape)} (channels, height, width): {first}") from error
-        self.classes = t.logits.shape[1]
+        self.classes, self.dense = t.logits.shape[1], t.logits.dim() > 2
         self.feature_dim = None if t.feature is None else t.feature.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:

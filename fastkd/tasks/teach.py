@@ -10,21 +10,23 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from fastkd import assemble, data, models
+from fastkd import assemble, data, losses, models
 from fastkd.config import TeachConfig
+from fastkd.data.image_set import IGNORE
 from fastkd.engine.events import Listener
 from fastkd.errors import ConfigError, InputError
 from fastkd.log import Log
 from fastkd.memory import Store
 from fastkd.method import Augment, Given, Method, Step, step
-from fastkd.nn import Student
+from fastkd.nn import Student, augment
 from fastkd.rng import Rng
 
 
 @dataclass
 class Teach(Method):
-    """Supervised training: SGD with Nesterov momentum, warm-up and cosine, crop and flip."""
+    """Supervised training: SGD with Nesterov momentum, warm-up and cosine, crop and flip. With labels of pixels: on crops of the images."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"data"})
     epochs: int = 200
@@ -37,7 +39,8 @@ class Teach(Method):
     label_smoothing: float = 0.0
 
     def build(self) -> None:
-        self.images = Store.of(self.rng, self.real.images, label=self.real.labels)
+        # Maps of labels stay out of the store, and so out of checkpoints.
+        self.images = Store.of(self.rng, self.real.images, **({} if self.real.dense else {"label": self.real.labels}))
         self.images.reserve(self.steps_an_epoch() * self.batch)
         self.opt = self.sgd(
             self.student.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=self.momentum > 0
@@ -66,8 +69,28 @@ class Teach(Method):
     @step("distillation")
     def learn(self) -> None:
         rows = self.images.next(self.batch)
-        logits = self.student(self.view(rows, name="real"))
-        self.minimise({"ce": F.cross_entropy(logits, rows.column("label"), label_smoothing=self.label_smoothing)}, self.opt)
+        if self.real.dense:
+            x, y = self.crops(rows.index)
+            ce = losses.pixel_cross_entropy(self.student(x), y, IGNORE, self.label_smoothing)
+        else:
+            logits = self.student(self.view(rows, name="real"))
+            ce = F.cross_entropy(logits, rows.column("label"), label_smoothing=self.label_smoothing)
+        self.minimise({"ce": ce}, self.opt)
+
+    def crops(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [b, C, s, s] as the network sees them and their labels [b, s, s], cut out at one place and flipped together.
+
+        The place is drawn with crop and crop_flip, it is the middle with none.
+        """
+        size, (h, w) = self.shape[1], self.real.images.shape[1:3]
+        middle = self.aug == "none"
+        dy, dx = (
+            torch.full_like(index, (side - size) // 2) if middle else self.rng.integers(side - size + 1, index, name=f"real.{axis}")
+            for side, axis in ((h, "y"), (w, "x"))
+        )
+        flip = self._flip(index, self.aug == "crop_flip", "real.flip")
+        images, labels = (augment.window(x, index, dy, dx, flip, size) for x in (self.real.images, self.real.labels))
+        return augment.normalise(images.permute(0, 3, 1, 2).to(self.mean.dtype) / 255, self.mean, self.std), labels
 
 
 def teach(config: TeachConfig, out: Path | None, *, resume: str = "no", listeners: Sequence[Listener] = ()) -> assemble.Outcome:
@@ -78,8 +101,9 @@ def teach(config: TeachConfig, out: Path | None, *, resume: str = "no", listener
     """
     device = assemble.resolve_device(config.device)
     train = data.open_set(config.data, "train", size=config.input_size)
-    test = data.open_set(config.data, "test", size=config.input_size or (train.images.shape[1] if train is not None else None))
-    if train is None or test is None:
+    side = None if train is None else min(train.images.shape[1:3]) // 2 if train.dense else train.images.shape[1]
+    test = data.open_set(config.data, "test", size=config.input_size or side)
+    if train is None or test is None or side is None:
         raise ConfigError("data 'none' cannot train a teacher; expected a data set by name or a folder.")
     mean, std = config.mean or train.mean, config.std or train.std
     if mean is None or std is None:
@@ -87,21 +111,29 @@ def teach(config: TeachConfig, out: Path | None, *, resume: str = "no", listener
             f"the normalisation constants of '{config.data}' are not known; "
             "give --mean and --std (ImageNet: 0.485,0.456,0.406 and 0.229,0.224,0.225)."
         )
-    classes = int(max(train.labels.max(), test.labels.max())) + 1 if not train.class_names else len(train.class_names)
+    classes = max(train.classes, test.classes)
     if classes < 2:
         raise InputError(f"'{config.data}' has {classes} class; expected at least 2.")
     if len(train.labels) < config.batch:
         raise ConfigError(f"batch is {config.batch}, the training set has {len(train.labels)} images; expected at most that many.")
-    shape = (train.images.shape[3], train.images.shape[1], train.images.shape[2])
+    if train.dense and config.aug == "resized_crop":
+        raise ConfigError(f"aug is resized_crop, which '{train.name}' with labels of pixels does not have; use --aug crop_flip.")
+    shape = (train.images.shape[3], side, side)
     torch.manual_seed(config.seed)
     net = models.build(config.model, classes=classes, channels=shape[0], input_size=shape[1])
+    student = Student(assemble.placed(net, device), shape=shape)
+    if student.dense != train.dense:
+        kind, near = ("pixels", "deeplabv3_mobilenet_v2") if train.dense else ("whole images", "resnet20")
+        raise ConfigError(
+            f"'{train.name}' has labels of {kind}, which '{config.model}' does not answer for; expected such as --model {near}."
+        )
     method = Teach(
         **{k: getattr(config, k) for k in ("epochs", "batch", "aug", "lr", "momentum", "weight_decay", "warmup", "label_smoothing")}
     )
     metadata = assemble.metadata(config.model, classes, shape, mean, std, train.class_names, data=train.name)
     given = Given(
         teacher=None,
-        student=Student(assemble.placed(net, device), shape=shape),
+        student=student,
         shape=shape,
         classes=classes,
         mean=torch.tensor(mean, device=device),
