@@ -412,3 +412,33 @@ def test_importance_weights():
     np.testing.assert_allclose(got, (8 * p) ** -0.4, rtol=1e-12)
     np.testing.assert_allclose(losses.to_batch_max(got), (8 * p) ** -0.4 / (8 * 0.05) ** -0.4, rtol=1e-12)
     assert losses.importance(torch.tensor(p), torch.tensor(8), torch.tensor(0.0)).tolist() == [1] * 4
+
+
+def test_pixel_cross_entropy_counts_labelled_pixels_only():
+    rng = np.random.default_rng(3)
+    logits, labels = rng.standard_normal((2, 4, 3, 5)), rng.integers(0, 4, (2, 3, 5))
+    labels[0, 0], labels[1, 2, 1] = 255, 255
+    log_p = np.moveaxis(np.log(softmax(logits)), 1, -1)
+    for smoothing in (0.0, 0.3):
+        rows = [
+            -(1 - smoothing) * log_p[i][labels[i]] - smoothing * log_p[i].mean()
+            for i in np.ndindex(labels.shape)
+            if labels[i] != 255
+        ]
+        found = losses.pixel_cross_entropy(torch.tensor(logits), torch.tensor(labels), 255, smoothing)
+        assert len(rows) == 24 and found.item() == pytest.approx(np.mean(rows))
+    x = torch.tensor(logits, requires_grad=True)
+    nothing = losses.pixel_cross_entropy(x, torch.full((2, 3, 5), 255), 255)
+    (gradient,) = torch.autograd.grad(nothing, x)
+    assert nothing.item() == 0 and torch.equal(gradient, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [lambda t, s: losses.kl_tau(t, s, 20.0), losses.l1_logit, losses.adv_masked_kl, losses.adv_l1, losses.adv_log_l1, losses.adv_kl,
+     lambda t, s: losses.pseudo_label(t), lambda t, s: losses.balance_ln(t), lambda t, s: losses.cross_entropy(s, t.argmax(1))],
+)  # fmt: skip
+def test_dense_logits_count_as_one_row_a_pixel(loss):
+    t, s = (torch.tensor(v) for v in np.random.default_rng(4).standard_normal((2, 3, 5, 4, 2)))
+    rows = [v.movedim(1, -1).reshape(-1, 5) for v in (t, s)]
+    torch.testing.assert_close(loss(t, s), loss(*rows))

@@ -40,6 +40,19 @@ def test_the_best_epoch_is_labelled(capsys) -> None:
     assert "selected on test data" in line
 
 
+def test_segmentation_is_judged_by_miou(capsys) -> None:
+    dense = {
+        **DONE,
+        "teacher": {"spec": "deeplabv3_resnet50", "parameters": 1000, "miou": 0.5},
+        "student": {"spec": "deeplabv3_mobilenet_v2", "parameters": 250, "miou": 0.4, "best": 0.41, "last10": 0.39},
+    }
+    summary.show(dense, None, 0)
+    said = capsys.readouterr().out
+    for word in ("mIoU", "50.00 %", "40.00 %", "41.00 %", "-10.00 points", "80.0% of the teacher's mIoU"):
+        assert word in said, word
+    assert "top-1" not in said and "accuracy" not in said
+
+
 def test_without_data_there_is_no_accuracy(capsys) -> None:
     blind = {
         **DONE,

@@ -137,6 +137,14 @@ def test_without_data_the_agreement_is_shown() -> None:
     assert "agrees with teacher 75.00 %" in out.getvalue() and "top-1" not in out.getvalue()
 
 
+def test_segmentation_is_shown_by_its_miou() -> None:
+    out, clock = io.StringIO(), Clock()
+    with Lines(out, clock) as show:
+        show({**START, "teacher": {"spec": "t", "miou": 0.5}})
+        show({**epoch(0, top1=None), "miou": 0.375, "pixel_accuracy": 0.8})
+    assert "mIoU 37.50 % (teacher 50.00 %)" in out.getvalue() and "top-1" not in out.getvalue()
+
+
 def test_epochs_without_training_are_not_scores() -> None:
     show = Show(io.StringIO())
     show.line = lambda text: None  # type: ignore[method-assign]

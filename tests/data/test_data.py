@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastkd import data
 from fastkd.data.constants import CONSTANTS
-from fastkd.data.image_set import ImageSet, check_memory, convert, luma, resize
+from fastkd.data.image_set import IGNORE, ImageSet, check_memory, convert, luma, resize
 from fastkd.errors import ConfigError, InputError
 
 
@@ -79,6 +79,15 @@ def test_wrong_wish(wish):
 def test_wrong_split():
     with pytest.raises(ConfigError, match="did you mean 'test'"):
         data.open_set("digits", "tests")
+
+
+def test_a_label_for_each_pixel():
+    labels = torch.zeros(3, 4, 6, dtype=torch.int64)
+    labels[1, 2], labels[2, 0] = 6, IGNORE
+    dense = ImageSet("toy", "test", torch.zeros(3, 4, 6, 3, dtype=torch.uint8), labels)
+    assert dense.dense and dense.classes == 7 and not make().dense
+    with pytest.raises(ValueError, match=r"\[3\] or \[3, 4, 6\]"):
+        ImageSet("toy", "test", dense.images, labels[:, :3])
 
 
 def test_image_set_refuses_other_dtypes():

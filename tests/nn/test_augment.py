@@ -187,3 +187,16 @@ def test_no_host_synchronisation():
         y = augment.crop_flip(x, dy, dx, flip, 2) + augment.resized_crop(x, *box, flip) + augment.roll_flip(x, one, one, yes)
         torch.autograd.grad(augment.normalise(y, x.detach().mean((0, 2, 3)), None).square().sum(), x)
     assert seen and not [op for op in seen if any(b in op for b in ("_local_scalar_dense", "nonzero", "masked_select", ".equal"))]
+
+
+def test_windows_are_crops_of_the_rows_that_are_asked_for_then_flipped():
+    x = torch.randint(256, (4, 9, 7, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    labels = x[..., 0].long()
+    index, dy, dx = torch.tensor([2, 0, 2, 3]), torch.tensor([0, 4, 5, 1]), torch.tensor([2, 0, 1, 2])
+    flip = torch.tensor([False, True, True, False])
+    images, maps = (augment.window(v, index, dy, dx, flip, 4) for v in (x, labels))
+    assert images.shape == (4, 4, 4, 3) and images.dtype == torch.uint8 and maps.shape == (4, 4, 4)
+    for b, (i, top, left, mirrored) in enumerate(zip(*(v.tolist() for v in (index, dy, dx, flip)), strict=True)):
+        crop = x[i, top : top + 4, left : left + 4]
+        assert torch.equal(images[b], crop.flip(1) if mirrored else crop)
+        assert torch.equal(maps[b], images[b, ..., 0].long())  # labels move with their pixels

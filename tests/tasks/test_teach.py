@@ -7,8 +7,10 @@ import torch
 
 from fastkd import models
 from fastkd.config import TeachConfig
+from fastkd.data import ImageSet
 from fastkd.errors import ConfigError, InputError
-from fastkd.method import steps
+from fastkd.method import Augment, steps
+from fastkd.rng import Rng
 from fastkd.tasks.teach import Teach, teach
 
 QUICK = {"model": "resnet8", "data": "digits", "epochs": 4, "batch": 64, "lr": 0.1, "device": "cpu"}
@@ -51,6 +53,41 @@ def test_the_rate_rises_and_falls_to_zero():
         rates.append(m.opt.param_groups[0]["lr"].item())
     assert rates[0] == pytest.approx(0.02) and max(rates) == pytest.approx(0.2) and rates.index(max(rates)) in (9, 10)
     assert rates[-1] < 1e-3 and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def dense_teach(aug="crop_flip", size=4):
+    """`Teach` on three images of 8 x 10 whose red channel is their label."""
+    labels = torch.arange(240).view(3, 8, 10)
+    images = torch.stack([labels, labels * 0, labels * 0], -1).to(torch.uint8)
+    m = Teach(epochs=1, batch=2, aug=aug)
+    given = {
+        **{"real": ImageSet("toy", "train", images, labels, [""] * 240), "shape": (3, size, size), "rng": Rng("cpu")},
+        **{"mean": torch.zeros(3), "std": torch.ones(3), "augmentation": Augment(True, 2)},
+    }
+    for name, value in given.items():
+        object.__setattr__(m, name, value)
+    return m, labels
+
+
+@pytest.mark.parametrize("aug", ["none", "crop", "crop_flip"])
+def test_crops_keep_each_label_with_its_pixel(aug):
+    m, labels = dense_teach(aug)
+    places, mirrored = set(), 0
+    for n in range(60):
+        m.rng.at(0, 0, "learn", n)
+        x, y = m.crops(torch.tensor([2, 0]))
+        assert x.shape == (2, 3, 4, 4) and y.shape == (2, 4, 4)
+        assert torch.equal((x[:, 0] * 255).round().long(), y)
+        flipped = (y[:, 0, 0] > y[:, 0, 1]).tolist()
+        mirrored += sum(flipped)
+        for image, crop, turned in zip((2, 0), y, flipped, strict=True):
+            corner = int((crop.flip(1) if turned else crop)[0, 0]) - 80 * image
+            places.add((corner // 10, corner % 10))
+    if aug == "none":
+        assert places == {(2, 3)} and not mirrored
+    else:
+        assert {y for y, _ in places} == set(range(5)) and {x for _, x in places} == set(range(7))
+        assert (30 < mirrored < 90) if aug == "crop_flip" else not mirrored
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,130 @@
+"""Segmentation from end to end: a teacher of a small set with labels of pixels, students without its images, mIoU everywhere."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from fastkd import assemble, models
+from fastkd.cli.app import app
+from fastkd.config import TeachConfig, build
+from fastkd.errors import ConfigError
+from fastkd.tasks.teach import teach
+from tests import segments
+
+TEACHER, STUDENT = (f"py:{segments.__file__}:{name}" for name in ("teacher", "student"))
+CLASSIFIER = "resnet8"
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory):
+    """The set, as `--data` names it."""
+    return f"camvid:{segments.write(tmp_path_factory.mktemp('segments'), train=24, test=8)}"
+
+
+@pytest.fixture(scope="module")
+def taught(spec, tmp_path_factory):
+    """The folder of a teacher after two epochs, and how its training ended."""
+    out = tmp_path_factory.mktemp("taught") / "teacher"
+    config = TeachConfig(model=TEACHER, data=spec, input_size=16, epochs=2, batch=8, lr=0.05, device="cpu", label_smoothing=0.1)
+    return out, teach(config, out)
+
+
+def job(spec, taught, **over):
+    method = {"name": "dfad", "epochs": 2, "iterations": 1, "batch": 4, "nz": 8, "s_steps": 1, "adv_form": "log_l1", "milestones": (1,)}
+    teacher = {"spec": TEACHER, "weights": str(taught[0])}
+    return build({"teacher": teacher, "student": {"spec": STUDENT}, "data": spec, "device": "cpu", "method": method, **over})
+
+
+def test_a_teacher_is_trained_on_crops_and_measured_by_miou_on_whole_images(spec, taught):
+    out, outcome = taught
+    student = outcome.summary["student"]
+    assert outcome.code == 0 and 0 < student["miou"] <= student["best"] < 1 and "top1" not in student
+    said = models.describe(models.load_weights(out / "teacher.safetensors"))
+    assert (said["classes"], said["input_size"], said["data"], said["mean"]) == (11, 16, "camvid", (0.5, 0.5, 0.5))
+    assert float(models.load_weights(out / "teacher.safetensors").metadata["miou"]) == pytest.approx(student["miou"], abs=1e-6)
+    found = assemble.evaluate(build({"teacher": {"spec": TEACHER, "weights": str(out)}}).teacher, spec, device="cpu")
+    assert found["miou"] == pytest.approx(student["miou"]) and found["images"] == 8 and "top1" not in found
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {},
+        {"name": "dfad", "variant": "zju", "epochs": 2, "iterations": 1, "batch": 4, "nz": 8},
+        {"name": "fast", "epochs": 2, "warmup": 1, "batch": 4, "kd_batch": 4, "kd_steps": 2, "nz": 8, "g_steps": 2, "adv_start": 1},
+        {"name": "noise", "epochs": 2, "kd_batch": 4, "kd_steps": 2, "n_images": 8},
+        {"name": "noise", "kind": "uniform", "epochs": 2, "kd_batch": 4, "kd_steps": 2, "n_images": 8},
+    ],
+    ids=lambda m: "-".join(str(m.get(k)) for k in ("name", "variant", "kind") if m.get(k)) or "dfad",
+)
+def test_a_run_is_judged_by_miou(spec, taught, tmp_path, method):
+    out = tmp_path / "run"
+    outcome = assemble.distil(job(spec, taught, **({"method": method} if method else {})), out)
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    scores = [e["miou"] for e in events if e["kind"] == "epoch"]
+    assert len(scores) == 2 and all(0 <= e["pixel_accuracy"] <= 1 for e in events if e["kind"] == "epoch")
+    assert outcome.summary["student"]["miou"] == scores[-1] and outcome.summary["student"]["best"] <= max(scores)
+    assert outcome.summary["teacher"]["miou"] == pytest.approx(taught[1].summary["student"]["miou"])
+    best = models.load_weights(out / "checkpoints" / "best" / "student.safetensors").metadata
+    assert float(best["miou"]) == pytest.approx(max(scores), abs=1e-6) and best["note"] == "selected on test data"
+
+
+def test_without_data_agreement_is_that_of_pixels(taught, tmp_path):
+    found = assemble.distil(job("none", taught), tmp_path / "run").summary
+    assert 0 <= found["agreement"] <= 1 and found["student"]["top1"] is None
+
+
+def test_the_command_line_speaks_of_miou(spec, taught, tmp_path):
+    def cli(*words):
+        return CliRunner().invoke(app, list(map(str, words)))
+
+    done = cli("eval", taught[0], "--model", TEACHER)  # the data of the run folder
+    assert done.exit_code == 0, done.stderr
+    assert "mIoU" in done.stdout and "pixels right" in done.stdout and "top-1" not in done.stdout
+    words = ["--method", "noise", "--teacher", TEACHER, "--teacher-weights", taught[0], "--student", STUDENT, "--data", spec]
+    sets = ["epochs=1", "kd_batch=4", "kd_steps=2", "n_images=8"]
+    done = cli("run", *words, "--out", tmp_path / "run", *(w for s in sets for w in ("--set", f"method.{s}")))
+    assert done.exit_code == 0, done.stderr
+    assert "mIoU" in done.stdout + done.stderr and "top-1" not in done.stdout + done.stderr
+
+
+def test_two_of_a_kind_are_asked_for_before_the_first_step(spec, taught, tmp_path):
+    with pytest.raises(ConfigError, match=r"the teacher answers for each pixel, the student once an image; .*deeplabv3_mobilenet_v2"):
+        assemble.make_job(job(spec, taught, student={"spec": CLASSIFIER}))
+    with pytest.raises(ConfigError, match="method 'nayer' needs one that answers once an image; expected fast, dfad, noise"):
+        assemble.make_job(job(spec, taught, method={"name": "nayer"}))
+    with pytest.raises(ConfigError, match="has labels of pixels, which 'resnet8' does not answer for"):
+        teach(TeachConfig(model=CLASSIFIER, data=spec, input_size=16, batch=8, device="cpu"), None)
+    with pytest.raises(ConfigError, match=r"labels of whole images.*resnet20"):
+        teach(TeachConfig(model="deeplabv3_mobilenet_v2", data="digits", batch=8, device="cpu"), None)
+    with pytest.raises(ConfigError, match="resized_crop"):
+        teach(TeachConfig(model=TEACHER, data=spec, input_size=16, batch=8, device="cpu", aug="resized_crop"), None)
+
+
+def test_pictures_with_labels_of_pixels_are_no_images_to_learn_from(spec):
+    digits = {"spec": "resnet20", "weights": "embedded:digits-resnet20"}
+    values = {"method": {"name": "vanilla_kd"}, "teacher": digits, "student": {"spec": CLASSIFIER}, "data": "digits", "real": spec}
+    with pytest.raises(ConfigError, match="has labels of pixels, method 'vanilla_kd' learns from whole images"):
+        assemble.make_job(build({**values, "device": "cpu"}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["dfad-nyuv2", "fast-nyuv2"])
+def test_the_recipes_build_at_their_size_and_fit_together(recipe, tmp_path):
+    from fastkd.config import resolve
+
+    config = resolve(recipe, {})
+    torch.manual_seed(0)
+    net = models.build(str(config.teacher.spec), classes=13)
+    said = assemble.metadata(str(config.teacher.spec), 13, (3, 128, 128), (0.5,) * 3, (0.5,) * 3, None, data="nyuv2")
+    models.save_weights(tmp_path / "teacher.safetensors", net.state_dict(), said)
+    walked = assemble.dry_run(resolve(recipe, {"teacher": {"weights": str(tmp_path / "teacher.safetensors")}, "data": "none"}))
+    times = {row["step"]: row["times"] for row in walked["steps"]}
+    if recipe == "dfad-nyuv2":
+        assert (times["learn"], times["generate"], walked["epochs"]) == (300 * 250, 300 * 50, 300)
+    else:
+        assert (times["remember"], times["learn"], walked["epochs"]) == (220, 200 * 50, 220)
