@@ -433,6 +433,16 @@ def test_pixel_cross_entropy_counts_labelled_pixels_only():
     assert nothing.item() == 0 and torch.equal(gradient, torch.zeros_like(x))
 
 
+def test_pixel_cross_entropy_of_ranks_with_unlike_numbers_of_labels_is_that_of_the_global_batch(monkeypatch):
+    rng = np.random.default_rng(5)
+    logits, labels = torch.tensor(rng.standard_normal((4, 3, 2, 2))), torch.tensor(rng.integers(0, 3, (4, 2, 2)))
+    labels[0] = labels[1, 0] = 255
+    whole = losses.pixel_cross_entropy(logits, labels, 255)
+    monkeypatch.setattr(losses.ranks, "mean", lambda count: torch.tensor((2 + 8) / 2, dtype=count.dtype))
+    parts = [losses.pixel_cross_entropy(logits[own], labels[own], 255) for own in (slice(0, 2), slice(2, 4))]
+    torch.testing.assert_close((parts[0] + parts[1]) / 2, whole)
+
+
 @pytest.mark.parametrize(
     "loss",
     [lambda t, s: losses.kl_tau(t, s, 20.0), losses.l1_logit, losses.adv_masked_kl, losses.adv_l1, losses.adv_log_l1, losses.adv_kl,

@@ -32,7 +32,7 @@ KEYS = {
 @click.option("--warmup", type=float, metavar="SHARE", help="Share of steps with a rising rate. Default: 0.05.")
 @click.option("--label-smoothing", type=float, metavar="SHARE", help="Default: 0.")
 @click.option("--aug", type=click.Choice(["none", "crop", "crop_flip", "resized_crop"]), help="Default: crop_flip.")
-@click.option("--input-size", type=int, metavar="PIXELS", help="Default: the data's own.")
+@click.option("--input-size", type=int, metavar="PIXELS", help="With labels of pixels that of a crop. Default: the data's own.")
 @click.option("--mean", type=Numbers(), help="Normalisation for inputs in [0, 1]. Default: the field's constants of the data.")
 @click.option("--std", type=Numbers(), help="As --mean.")
 @click.option("--seed", type=int, metavar="N", help="Root of all draws. Default: 0.")
