@@ -1,7 +1,7 @@
 """A small set with labels of pixels in CamVid's form, all 11 classes, and two networks that can learn it in seconds.
 
-Boxes of ten colours lie on a grey ground, all grainy; a rim of void pixels stands around a box. The networks see the mean of 4 x 4 pixels, so
-that pure noise is grey to them.
+Boxes of ten colours lie on a grey ground, all grainy; a rim of void pixels stands around a box. The networks see the mean of 4 x 4 pixels,
+so that pure noise is grey to them.
 """
 
 from __future__ import annotations
