@@ -70,6 +70,17 @@ class RanksConfig(Section):
     )
 
 
+class MemoryConfig(Section):
+    """Where synthetic images are kept. What a run computes is the same to the bit; it may differ when a run is continued."""
+
+    images: Literal["auto", "replicated", "sharded"] = Field(
+        "auto", description="on every rank, or dealt to the ranks by row; auto: replicated while they fit, see docs/ranks.md"
+    )
+    tier: Literal["auto", "device", "host"] = Field(
+        "auto", description="on the device, or in host memory (pinned for a GPU), brought over in time; auto: device while they fit"
+    )
+
+
 class OpsConfig(Section):
     """Which implementation of the fused ops runs."""
 
@@ -90,6 +101,7 @@ class RunConfig(Section):
     embeddings: EmbeddingConfig = EmbeddingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     ranks: RanksConfig = RanksConfig()
+    memory: MemoryConfig = MemoryConfig()
     ops: OpsConfig = OpsConfig()
     seed: int = Field(0, ge=0, lt=2**63, description="root seed of all draws")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
@@ -123,7 +135,9 @@ class TeachConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
 
 
-SAFE_ON_RESUME = frozenset({"checkpoint.every_minutes", "checkpoint.every_steps", "checkpoint.keep", "poll"})
+SAFE_ON_RESUME = frozenset(
+    {"checkpoint.every_minutes", "checkpoint.every_steps", "checkpoint.keep", "poll", "memory.images", "memory.tier"}
+)
 """Keys that may differ when a run is continued; everything else must be as it was."""
 
 

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+PIECE = 1 << 26
+"""Bytes that are written at once where a file is too large to be held twice."""
+
+
 def fsync_folder(path: Path) -> None:
     """Make a rename inside `path` durable."""
     fd = os.open(path, os.O_RDONLY)
@@ -65,3 +69,44 @@ def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | No
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
     return len(text).to_bytes(8, "little") + text + data[end:]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write and fsync a safetensors file piece by piece, hashed as it goes: no copy of it is held; returns as `write_file`.
+
+    Args:
+      tensors: key → tensor that is contiguous row by row, on any device.
+    """
+    import torch
+    from safetensors.torch import save
+
+    empty = save({k: t.new_empty(0, device="cpu") for k, t in tensors.items()})  # for the format's names of the types
+    header = json.loads(empty[8 : 8 + int.from_bytes(empty[:8], "little")])
+    end = 0
+    for key, t in sorted(tensors.items()):
+        header[key] |= {"shape": list(t.shape), "data_offsets": [end, end + t.nbytes]}
+        end += t.nbytes
+    text = json.dumps(dict(sorted(header.items())), separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    digest, length = hashlib.sha256(), 0
+    with open(path, "wb") as f:
+
+        def write(piece: Any) -> None:
+            nonlocal length
+            f.write(piece)
+            digest.update(piece)
+            length += len(piece)
+
+        write(len(text).to_bytes(8, "little") + text)
+        for _, t in sorted(tensors.items()):
+            for rows in t.split(max(1, PIECE // max(1, t[:1].nbytes))) if t.numel() else ():
+                write(memoryview(rows.cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        f.flush()
+        os.fsync(f.fileno())
+    return {"bytes": length, "sha256": digest.hexdigest()}
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a file, hex, read piece by piece."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

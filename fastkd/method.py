@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fastkd import models, optim, ranks
 from fastkd.log import Log
-from fastkd.memory import Rows
+from fastkd.memory import Places, Rows
 from fastkd.nn import Student, Teacher, augment, evaluating, frozen, fuse_generator
 from fastkd.rng import Rng
 
@@ -75,7 +75,7 @@ class Given:
       mean, std: [c] tensors, the teacher's normalisation constants.
       embeddings: [C, d_e] label-text embeddings, or None. real: a data set, or None.
       seed: root seed. rng, log: the run's own.
-      augmentation: what the images allow. device: where everything lives.
+      augmentation: what the images allow. device: where everything lives. places: where the images of its stores live; None: there, too.
     """
 
     teacher: Teacher | None
@@ -91,6 +91,7 @@ class Given:
     embeddings: Tensor | None = None
     real: Any = None
     augmentation: Augment = Augment()
+    places: Places | None = None
 
 
 GIVEN = tuple(f.name for f in dataclasses.fields(Given))
@@ -130,6 +131,7 @@ class Method:
     embeddings: Tensor | None
     real: Any
     augmentation: Augment
+    places: Places | None
     _touched: list[Tensor]
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -368,7 +370,7 @@ class Method:
           [b, C, H, W] in the teacher's normalised space; differentiable in `images`.
         """
         if self.space == "normalised":
-            return images.store.read(images.index) if isinstance(images, Rows) else images
+            return images.read() if isinstance(images, Rows) else images
         kind = self.aug if kind is None else kind
         if kind not in AUGMENTATIONS:
             raise ValueError(f"unknown augmentation '{kind}'; expected one of {', '.join(AUGMENTATIONS)}")
@@ -380,7 +382,7 @@ class Method:
             if isinstance(images, Rows):
                 return images.gather(dy=dy, dx=dx, flip=flip, pad=pad, mean=self.mean, std=self.std)
             return augment.normalise(augment.crop_flip(images, dy, dx, flip, pad) if pad or flips else images, self.mean, self.std)
-        x = images.store.read(images.index) if isinstance(images, Rows) else images
+        x = images.read() if isinstance(images, Rows) else images
         x = self._resized(x, scale, name) if kind == "resized_crop" else self._rolled(x, name)
         return augment.normalise(x, self.mean, self.std)
 

@@ -7,6 +7,7 @@ The adjoint of an all-reduce is an all-reduce, so every function here is differe
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ def world() -> int:
 def rank() -> int:
     """This process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def local_world() -> int:
+    """Number of ranks on this machine, as far as the launcher says it; else all of them."""
+    said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE", "")
+    return min(world(), int(said)) if said.isdigit() and int(said) else world()
 
 
 class _AllReduce(torch.autograd.Function):
@@ -79,6 +86,21 @@ def max(x: Tensor) -> Tensor:
     out = x.detach().clone()
     dist.all_reduce(out, op=dist.ReduceOp.MAX)
     return out
+
+
+def swap(x: Tensor, send: list[int] | None = None, receive: list[int] | None = None) -> tuple[Tensor, dist.Work]:
+    """Begin to send rows to all ranks, as bytes, and to receive theirs; the host does not wait.
+
+    Args:
+      x: [n, …] contiguous rows in the order of their receivers; kept unchanged until the work is done.
+      send: rows for each rank. receive: rows from each rank. None: equally many for and from each.
+    Returns:
+      What arrives, [m, …] in the order of the senders, and the work: after its `wait()` the rows may be used on the current stream.
+    """
+    out = torch.empty((len(x) if receive is None else sum(receive), *x.shape[1:]), dtype=x.dtype, device=x.device)
+    # Bytes: every backend moves them, whatever the dtype.
+    work = dist.all_to_all_single(out.flatten(1).view(torch.uint8), x.flatten(1).view(torch.uint8), receive, send, async_op=True)
+    return out, work
 
 
 def barrier() -> None:

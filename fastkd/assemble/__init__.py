@@ -54,7 +54,8 @@ def dry_run(config: RunConfig, world: int = 1) -> dict[str, Any]:
     """Every kind of step on fake tensors of the real sizes, as one of `world` ranks; see `engine.dry.walk`. Nothing is written."""
     job = make_job(config, fake=True)
     walked = dry.walk(job.method, job.given, precision=job.precision, global_bn=job.global_bn, world=world)
-    return {**walked, "notes": job.notes, "config": job.config}
+    places = job.given.places.said if job.given.places is not None else []
+    return {**walked, "notes": [*job.notes, *places], "config": job.config}
 
 
 def evaluate(network: TeacherConfig, spec: str, *, device: str = "auto", limit: int | None = None) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def _execute(job: Job, out: Path | None, *, resume: bool, anew: bool, listeners:
     events = Events(out if first else None, list(listeners) if first else [])
     events.listeners.append(Heartbeat(events))
     method, given = job.method, job.given
-    notes = [*job.notes, *method.notes()]
+    notes = [*job.notes, *(given.places.said if given.places is not None else ()), *method.notes()]
     settings = loop.Settings(
         seed=job.seed,
         precision=job.precision,

@@ -19,6 +19,7 @@ from fastkd.config import CheckpointConfig, RunConfig
 from fastkd.data import embeddings
 from fastkd.errors import ConfigError, InputError, PlaceError, nearest
 from fastkd.log import Log
+from fastkd.memory import Places
 from fastkd.method import Augment, Given, Method
 from fastkd.nn import Student, Teacher, instrument
 from fastkd.rng import Rng
@@ -205,6 +206,7 @@ def make_job(config: RunConfig, *, fake: bool = False) -> Job:
         device=device,
         real=None if real is None else real.to(device),
         augmentation=augmentation(test, teacher),
+        places=Places.measured(device, config.memory.images, config.memory.tier),
     )
     names = teacher.class_names or (test.class_names if test is not None else None)
     if "embeddings" in method.needs:

@@ -1,7 +1,8 @@
 """Checkpoints: a folder of safetensors and JSON with a sha256 manifest, written beside its place, fsynced and renamed.
 
 A folder is visible under its name only when it is complete. Loading takes the newest one whose manifest verifies; a damaged one
-is set aside and named. The state is global: it does not depend on the number of ranks.
+is set aside and named. The state is global: it does not depend on the number of ranks, but for images that are dealt to them. Those are
+in `images-r000.safetensors` and so on, written by the ranks that hold them; whoever loads them picks its own rows out of all files.
 """
 
 from __future__ import annotations
@@ -10,17 +11,40 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from safetensors.torch import load
 from torch import Tensor
 
+from fastkd import ranks
 from fastkd.errors import CheckpointError
-from fastkd.files import fsync_folder, tensor_bytes, write_atomic, write_file
+from fastkd.files import digest, fsync_folder, tensor_bytes, write_atomic, write_file, write_tensors
 
 SCHEMA = 1
+IMAGES = "images-r"
+"""How the names of files with images begin."""
+
+
+class Part:
+    """The rows of a store in one file: length, shape, dtype and slices of a tensor that is not read as a whole."""
+
+    def __init__(self, path: Path, key: str):
+        self.path, self.key = path, key
+        with safe_open(path, "pt") as f:
+            self.shape = tuple(f.get_slice(key).get_shape())
+            self.dtype = f.get_slice(key)[:0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        with safe_open(self.path, "pt") as f:
+            return f.get_slice(self.key)[rows]  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -31,6 +55,7 @@ class Saved:
     manifest: dict[str, Any]
     tensors: dict[str, Tensor]
     numbers: dict[str, Any]
+    images: dict[str, list[Part]] = field(default_factory=dict)
 
     @property
     def position(self) -> tuple[int, int]:
@@ -54,17 +79,31 @@ def write(
     student_metadata: dict[str, str],
     about: dict[str, Any],
     keep: int,
+    images: Mapping[str, Tensor] | None = None,
+    together: bool = False,
 ) -> Path:
     """Write checkpoint `number` (steps done since the start) into `folder` and prune to the `keep` newest.
 
+    Args:
+      images: path → this rank's rows of a store whose images are not in `tensors`.
+      together: several ranks have such rows, and all of them are here; else rank 0 is here alone. Rank 0 writes all the rest.
     Raises:
-      OSError: nothing was written; older checkpoints are as they were.
+      OSError: nothing was written; older checkpoints are as they were. The same on all ranks.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    final, temporary = folder / name_of(number), folder / f".tmp-step-{number:08d}-{os.getpid()}"
-    try:
+    first = ranks.rank() == 0
+    owner = int(ranks.max(torch.tensor(os.getpid() if first else 0)).item()) if together else os.getpid()
+    final, temporary = folder / name_of(number), folder / f".tmp-step-{number:08d}-{owner}"
+
+    def begin() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
+
+    def own_images() -> dict[str, Any] | None:
+        return write_tensors(temporary / _images_of(ranks.rank()), images) if images else None
+
+    def rest() -> None:
         files = {
+            **{_images_of(r): entry for r, entry in enumerate(entries) if entry is not None},
             "state.safetensors": write_file(temporary / "state.safetensors", tensor_bytes(tensors)),
             "state.json": write_file(temporary / "state.json", json.dumps(numbers, sort_keys=True).encode()),
             "student.safetensors": write_file(temporary / "student.safetensors", tensor_bytes(student, student_metadata)),
@@ -76,11 +115,43 @@ def write(
             os.rename(final, temporary.with_name(f"{temporary.name}-old"))  # `prune` removes it
         os.rename(temporary, final)
         fsync_folder(folder)
+        write_atomic(folder / "LATEST", f"{final.name}\n".encode())
+
+    try:
+        _agreed(begin if first else None, together)
+        entries = _entries(_agreed(own_images, together), together)
+        _agreed(rest if first else None, together)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    write_atomic(folder / "LATEST", f"{final.name}\n".encode())
+        if first:  # all ranks have agreed, so none writes there any more
+            shutil.rmtree(temporary, ignore_errors=True)
     prune(folder, keep)
     return final
+
+
+def _agreed(act: Callable[[], Any] | None, together: bool) -> Any:
+    """Do it; where several ranks write together, a failure on one of them is a failure on all."""
+    result, problem = None, None
+    try:
+        result = act() if act is not None else None
+    except (OSError, RuntimeError) as e:
+        problem = e
+    failed = bool(ranks.max(torch.tensor(float(problem is not None))).item()) if together else problem is not None
+    if failed:
+        raise problem or OSError("another rank could not write its part")
+    return result
+
+
+def _entries(own: dict[str, Any] | None, together: bool) -> list[dict[str, Any] | None]:
+    """The manifest's lines for the files with images, rank by rank."""
+    if not together:
+        return [own]
+    said = (own["bytes"].to_bytes(8, "little") + bytes.fromhex(own["sha256"])) if own else bytes(40)
+    rows = [bytes(row) for row in ranks.gather(torch.frombuffer(bytearray(said), dtype=torch.uint8)[None]).tolist()]
+    return [{"bytes": int.from_bytes(row[:8], "little"), "sha256": row[8:].hex()} if any(row) else None for row in rows]
+
+
+def _images_of(rank: int) -> str:
+    return f"{IMAGES}{rank:03d}.safetensors"
 
 
 def name_of(number: int) -> str:
@@ -95,7 +166,9 @@ def listed(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the `keep` newest (at least one), oldest first, and what an interrupted save left behind."""
+    """Remove all but the `keep` newest (at least one), oldest first, and what an interrupted save left behind. Rank 0 does it."""
+    if ranks.rank():
+        return
     for path in reversed(listed(folder)[max(1, keep) :]):
         shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(".tmp-step-*"):
@@ -103,7 +176,7 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are all as they were written.
+    """The manifest of a checkpoint whose files are all as they were written. Files with images are hashed by rank 0 alone.
 
     Raises:
       ValueError: the first thing that is wrong, in one sentence.
@@ -116,10 +189,10 @@ def verify(path: Path) -> dict[str, Any]:
             raise ValueError(f"its schema is {manifest['schema']}, this version reads {SCHEMA}")
         files = manifest["files"]
         for name, entry in files.items():
-            data = (path / name).read_bytes()
-            if len(data) != entry["bytes"]:
-                raise ValueError(f"{name} has {len(data)} bytes, {entry['bytes']} were written")
-            if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+            size = (path / name).stat().st_size
+            if size != entry["bytes"]:
+                raise ValueError(f"{name} has {size} bytes, {entry['bytes']} were written")
+            if (ranks.rank() == 0 or not name.startswith(IMAGES)) and digest(path / name) != entry["sha256"]:
                 raise ValueError(f"{name} does not match its checksum")
     except FileNotFoundError as e:
         raise ValueError(f"{Path(e.filename).name} is missing") from None
@@ -136,7 +209,12 @@ def read(path: Path) -> Saved:
     """
     manifest = verify(path)
     tensors = load((path / "state.safetensors").read_bytes())
-    return Saved(path, manifest, tensors, json.loads((path / "state.json").read_bytes()))
+    images: dict[str, list[Part]] = {}
+    for name in sorted(n for n in manifest["files"] if n.startswith(IMAGES)):
+        with safe_open(path / name, "pt") as f:
+            for key in f.keys():  # noqa: SIM118  (no mapping)
+                images.setdefault(key, []).append(Part(path / name, key))
+    return Saved(path, manifest, tensors, json.loads((path / "state.json").read_bytes()), images)
 
 
 def newest(folder: Path, said: list[str]) -> Saved | None:

@@ -21,6 +21,7 @@ from fastkd.engine.folder import why
 from fastkd.engine.signals import Stop
 from fastkd.errors import CheckpointError, ConfigError, NumericalError
 from fastkd.files import tensor_bytes, write_atomic
+from fastkd.memory import placed
 from fastkd.method import Given, Method, steps
 from fastkd.nn import globalise
 
@@ -58,7 +59,8 @@ def prepare(method: Method, given: Given, *, global_bn: bool = True) -> None:
     method.bind(given)
     method.check()
     method.rng.at(given.seed, -1, "build", 0)
-    method.build()
+    with placed(given.places):
+        method.build()
     if global_bn:
         for name, value in vars(method).items():
             if name not in ("teacher", "real"):
@@ -202,7 +204,7 @@ def _resume(method: Method, settings: Settings, events: Events, out: Path, anew:
             f"the run in '{out}' cannot be continued with another {key}: it was {was}, now {now}; use the old one or a new --out."
         )
     try:
-        state.restore(method, saved.tensors, saved.numbers)
+        state.restore(method, saved.tensors, saved.numbers, saved.images)
     except ValueError as e:
         raise CheckpointError(f"checkpoint {saved.path.name} does not fit this run: {e}.") from None
     if saved.manifest.get("world", 1) != ranks.world():
@@ -261,7 +263,8 @@ class _Saver:
         if self.out is None:
             return
         tensors, numbers = state.collect(self.method)
-        if ranks.rank():
+        images, together = state.images(self.method)
+        if ranks.rank() and not together:
             return
         about = {**self.settings.about, "world": ranks.world()}
         for _ in range(2):
@@ -276,6 +279,8 @@ class _Saver:
                     self.settings.student_metadata,
                     about,
                     self.settings.keep,
+                    images,
+                    together,
                 )
                 self.failed = 0
                 self.events.write("checkpoint", step=done, position=list(position))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from fastkd import ranks
 from fastkd.log import Log
+from fastkd.memory import Store
+from fastkd.memory.ahead import Ahead
+from fastkd.memory.shard import deal
 from fastkd.method import GIVEN, Method
 from fastkd.rng import Rng
 
@@ -50,7 +53,15 @@ class NumberItem:
     restore: Callable[[Any], None]
 
 
-Item = TensorItem | NumberItem
+@dataclass
+class ImagesItem:
+    """The images of a store that a checkpoint keeps in files of their own."""
+
+    path: str
+    store: Store
+
+
+Item = TensorItem | NumberItem | ImagesItem
 
 
 def walk(method: Method) -> Iterator[Item]:
@@ -91,11 +102,14 @@ def _visit(path: str, value: Any, setter: Callable[[Any], None] | None, seen: se
     elif isinstance(value, tuple):
         for i, inner in enumerate(value):
             yield from _visit(f"{path}.{i}", inner, None, seen)
-    elif isinstance(value, Rng):
-        return
+    elif isinstance(value, Rng | Ahead):
+        return  # made again from the rest
     elif type(value).__module__.split(".")[0] == "fastkd" or is_dataclass(value):
         for name, inner in sorted(vars(value).items()):
-            yield from _visit(f"{path}.{name}", inner, _attribute(value, name), seen)
+            if name == "images" and isinstance(value, Store) and value.apart:
+                yield ImagesItem(f"{path}.{name}", value)
+            else:
+                yield from _visit(f"{path}.{name}", inner, _attribute(value, name), seen)
     else:
         raise TypeError(
             f"{path} is a {type(value).__name__}, which a checkpoint cannot hold; keep tensors, modules, optimisers, stores or numbers"
@@ -121,35 +135,52 @@ def _attribute(owner: Any, name: str) -> Callable[[Any], None]:
 
 
 def collect(method: Method) -> tuple[dict[str, Tensor], dict[str, int | float | bool]]:
-    """The global state: tensors on the host and host numbers, by path. A collective: every rank calls it."""
+    """The global state but for `images`: tensors on the host and host numbers, by path. A collective: every rank calls it."""
     tensors, numbers = {}, {}
     for item in walk(method):
         if isinstance(item, TensorItem):
             tensors[item.path] = item.globally()
-        else:
+        elif isinstance(item, NumberItem):
             numbers[item.path] = item.value
     return tensors, numbers
 
 
-def restore(method: Method, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+def images(method: Method) -> tuple[dict[str, Tensor], bool]:
+    """The images [n, H, W, C] that this rank writes to a file of its own, by path, not copied; and whether other ranks write some, too."""
+    stores = {item.path: item.store for item in walk(method) if isinstance(item, ImagesItem)}
+    own = {path: store.held() for path, store in stores.items() if store.shards > 1 or ranks.rank() == 0}
+    return own, any(store.shards > 1 for store in stores.values())
+
+
+def restore(
+    method: Method, tensors: dict[str, Tensor], numbers: dict[str, Any], images: Mapping[str, Sequence[Any]] | None = None
+) -> None:
     """Copy a global state into the existing tensors and objects.
 
+    Args:
+      images: path → the parts that the ranks wrote (`memory.shard.deal`); it does not matter whether this run keeps them apart.
     Raises:
       ValueError: paths or shapes differ from those of the method as it was built.
     """
     log: Log = method.log
+    images = images or {}
     for path in tensors:
         if path.startswith("log.sums."):
             log.slot(path.removeprefix("log.sums."))
     items = {item.path: item for item in walk(method)}
-    missing = sorted(set(items) - set(tensors) - set(numbers) - {p for p in items if p.startswith("log.sums.")})
-    foreign = sorted((set(tensors) | set(numbers)) - set(items))
+    saved = {*tensors, *numbers, *images}
+    missing = sorted(set(items) - saved - {p for p in items if p.startswith("log.sums.")})
+    foreign = sorted(saved - set(items))
     if missing or foreign:
         raise ValueError(
             f"the saved state is of another run: {(missing or foreign)[0]} is {'not in it' if missing else 'not part of this one'}"
         )
     for path, item in items.items():
-        if isinstance(item, TensorItem) and path in tensors:
+        if isinstance(item, ImagesItem):
+            item.store.load(images[path] if path in images else [tensors[path]])
+        elif isinstance(item, TensorItem) and path in images:
+            deal(images[path], item.tensor, 0, 1)
+        elif isinstance(item, TensorItem) and path in tensors:
             item.restore(tensors[path])
         elif isinstance(item, NumberItem):
             item.restore(numbers[path])

@@ -1,49 +1,59 @@
-"""Rows of a store in host memory on their way to a GPU: picked on the host, copied on a side stream."""
+"""Rows of a store in host memory: picked by a thread of their own and copied to the device on a side stream."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-
-@dataclass(frozen=True)
-class Staged:
-    """Images [b, H, W, C] that a side stream copies to the device; `arrived` is recorded behind the copy."""
-
-    images: Tensor
-    arrived: torch.cuda.Event
-
-    def wait(self) -> Tensor:
-        """The images, for use on the current stream, which waits for them; the host does not."""
-        stream = torch.cuda.current_stream(self.images.device)
-        stream.wait_event(self.arrived)
-        self.images.record_stream(stream)
-        return self.images
+Arriving = tuple[Tensor, "torch.cuda.Event | None"]
+"""Rows, and on a GPU the event behind their copy."""
 
 
 @functools.cache
-def _side(device: torch.device) -> torch.cuda.Stream:
+def _thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "fastkd-rows")  # one: picks are taken in turn, and `settle` waits for all of them
+
+
+@functools.cache
+def side(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which rows arrive."""
     return torch.cuda.Stream(device)
 
 
-def stage(images: Tensor, index: Tensor) -> Staged:
-    """Begin to bring rows of a pinned store to the device of `index`.
-
-    The host waits until `index` is known, not for what is queued later; picking and copying run beside the device's own work.
+def bring(images: Tensor, pick: Tensor, device: torch.device) -> Future[Arriving]:
+    """Begin to bring rows to `device`; the caller waits for nothing.
 
     Args:
-      images: [N, H, W, C] in pinned host memory. index: [b] int64 on a CUDA device.
+      images: [N, H, W, C] in host memory, pinned where the device is a GPU. pick: [n] int64, on the host or on the device.
     """
-    side = _side(index.device)
-    side.wait_stream(torch.cuda.current_stream(index.device))
-    with torch.cuda.stream(side):
-        rows = index.to("cpu", non_blocking=True)
-        index.record_stream(side)
-        side.synchronize()
-        picked = torch.empty((len(rows), *images.shape[1:]), dtype=images.dtype, pin_memory=True)
-        torch.index_select(images, 0, rows, out=picked)
-        arriving = picked.to(index.device, non_blocking=True)
-        return Staged(arriving, side.record_event())
+    ready = None
+    if pick.is_cuda:  # the thread waits until the numbers are there, the caller does not
+        ready = torch.cuda.current_stream(device).record_event()
+        pick.record_stream(side(device))
+    if isinstance(images, FakeTensor):  # a dry run: its tensors live in one thread
+        done: Future[Arriving] = Future()
+        done.set_result(_pick(images, pick, device, ready))
+        return done
+    return _thread().submit(_pick, images, pick, device, ready)
+
+
+def settle() -> None:
+    """Wait until no row is being picked, so that images may be overwritten."""
+    _thread().submit(lambda: None).result()
+
+
+def _pick(images: Tensor, pick: Tensor, device: torch.device, ready: torch.cuda.Event | None) -> Arriving:
+    if device.type != "cuda":
+        return torch.index_select(images, 0, pick), None
+    with torch.cuda.stream(side(device)):
+        if ready is not None:
+            side(device).wait_event(ready)
+            pick = pick.to("cpu", non_blocking=True)
+            side(device).record_event().synchronize()
+        picked = torch.empty((len(pick), *images.shape[1:]), dtype=images.dtype, pin_memory=True)
+        torch.index_select(images, 0, pick, out=picked)
+        return picked.to(device, non_blocking=True), side(device).record_event()

@@ -10,7 +10,8 @@ from torch import Tensor
 from fastkd import ranks
 from fastkd.errors import unknown
 from fastkd.memory.evict import RULES
-from fastkd.memory.store import Quant, Rows, Store, Tier
+from fastkd.memory.place import Sharing, Tier
+from fastkd.memory.store import Quant, Rows, Store
 from fastkd.ops import philox_uniform, replay_sample, replay_sums, replay_update
 from fastkd.rng import Rng
 
@@ -40,7 +41,7 @@ class Prioritised(Store):
             store.write(i, loss.detach())
 
     Args:
-      rng, capacity, shape, dtype, quant, tier, columns: as in `Store`.
+      rng, capacity, shape, dtype, quant, images, tier, columns: as in `Store`.
       classes: number of classes, if the column `label` is to be counted (`share`, and the rule "frequent").
       rule: who leaves a full store: "frequent", the lowest priority of what is then the most frequent class; "lowest" priority; "fifo".
       alpha: exponent of the priority. eps: keeps a row with priority 0 drawable.
@@ -60,14 +61,15 @@ class Prioritised(Store):
         alpha: float = 1.0,
         eps: float = 1e-6,
         quant: Quant = "floor",
-        tier: Tier = "device",
+        images: Sharing | None = None,
+        tier: Tier | None = None,
         **columns: torch.dtype,
     ):
         if rule not in RULES:
             raise ValueError(unknown("rule", rule, RULES))
         if (classes or rule == "frequent") and (not classes or "label" not in columns):
             raise ValueError(f"rule '{rule}' with {classes} classes: counting needs the number of classes and a column 'label'")
-        super().__init__(rng, capacity, shape, dtype, quant=quant, tier=tier, **columns)  # type: ignore[arg-type]
+        super().__init__(rng, capacity, shape, dtype, quant=quant, images=images, tier=tier, **columns)  # type: ignore[arg-type]
         self.rule, self.alpha, self.eps = rule, alpha, eps
         wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.leaves = torch.zeros(capacity, dtype=wide, device=rng.device)
@@ -135,7 +137,9 @@ class Prioritised(Store):
         self.refused += replay_update(self.leaves, self.sums, at, leaf, duplicates=duplicates)
 
     def draw(self, batch: int, name: str = "draw", *, uniform: bool = False) -> Drawn:
-        """This rank's rows of a batch drawn with replacement (no host read; rows in host memory are on their way when it returns).
+        """This rank's rows of a batch drawn with replacement (no host read; rows that are elsewhere are on their way when it returns).
+
+        They are not brought over ahead of the draw: the next batch depends on the priorities that are written after this one.
 
         Args:
           batch: rows of the global batch. name: stream of the draws.
@@ -153,8 +157,8 @@ class Prioritised(Store):
         else:
             index, probability, _ = replay_sample(self.leaves, self.sums, key=key, n=batch)
         key[1] += batch
-        index = ranks.local(index)
-        return Drawn(self.rows(index), index, ranks.local(probability))
+        own = ranks.local(index)
+        return Drawn(Rows(self, own, self.fetch(own, index)), own, ranks.local(probability))
 
     def write(self, index: Tensor, priority: Tensor, *, duplicates: Duplicates = "last", **columns: Tensor) -> None:
         """Write this rank's new priorities back; the same happens on all ranks.

@@ -1,7 +1,8 @@
-"""A preallocated store of images on the device: append or ring, replicated on every rank."""
+"""A preallocated store of images: append or ring; on the device or in host memory, on every rank or dealt to the ranks by row."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,32 +10,41 @@ import torch
 from torch import Tensor
 
 from fastkd import ranks
-from fastkd.memory.host import Staged, stage
+from fastkd.memory import host, shard
+from fastkd.memory.ahead import Ahead
+from fastkd.memory.fetch import Fetch
+from fastkd.memory.place import Sharing, Tier, place
 from fastkd.ops import replay_gather
 from fastkd.rng import Rng
 
 Quant = Literal["floor", "round", "none"]
-Tier = Literal["device", "host"]
+APART = 1 << 30
+"""Bytes of images from which a checkpoint keeps them in a file of their own, written without a copy of them in memory."""
 
 
 @dataclass(frozen=True)
 class Rows:
     """Some rows of a store: what `Method.view` gathers, augments and normalises in one pass.
 
-    `index` is int64 [b], this rank's rows of the batch; columns are read by attribute name through `column`. `staged` are the images
-    on their way, where the store is in host memory and the rows are wanted on a GPU.
+    `index` is int64 [b], this rank's rows of the batch; columns are read by attribute name through `column`. `fetch` are the images
+    on their way, where the store's are in host memory or dealt to the ranks.
     """
 
     store: Store
     index: Tensor
-    staged: Staged | None = None
+    fetch: Fetch | None = None
 
     def gather(self, **options: Any) -> Tensor:
-        """The images as a network's input, [b, C, H, W]; `options` as in `ops.replay_gather`."""
-        if self.staged is None:
+        """The images as a network's input, [b, C, H, W]; `options` as in `ops.replay_gather`. With sharded images a collective."""
+        fetch = self.fetch or self.store.fetch(self.index)
+        if fetch is None:
             return replay_gather(self.store.images, self.index, **options)
-        images = self.staged.wait()
-        return replay_gather(images, torch.arange(len(images), device=images.device), **options)
+        images, at = fetch.wait()
+        return replay_gather(images, at, **options)
+
+    def read(self) -> Tensor:
+        """The images [b, C, H, W] in [0, 1] for a uint8 store, as they are stored otherwise; torch's default dtype."""
+        return self.gather()
 
     def column(self, name: str) -> Tensor:
         """A column's values at these rows, [b]."""
@@ -45,15 +55,20 @@ class Store:
     """Images [N, H, W, C] with named columns of one number a row.
 
     uint8 stores hold images of [0, 1] (quantised by `quant`); floating stores hold images as they are (normalised space).
-    Every rank holds all images; `add` gathers them. The fill level has a device and a host form, so reads need no synchronisation.
+    `add` gathers what all ranks made; columns are on the device of every rank, whole, so that all draw alike without a word. Batches
+    are the same, to the bit, wherever the images are:
+
+    - replicated (every rank holds all) or sharded (rank r of W holds rows r, r + W, …, and a batch travels as bytes);
+    - on the device or in host memory (pinned where there is a GPU). From there, and from other ranks, the next batches of a dealt order
+      are brought over while the current step runs; what is drawn by priority is fetched when it is drawn, because the draw depends on
+      the priorities that the step before wrote.
 
     Args:
       rng: where `deal` draws its order.
       capacity: most rows that are kept; a row beyond it is an error, or with `ring` overwrites the oldest.
       shape: (c, h, w) of an image.
       dtype: torch.uint8 or a floating type.
-      tier: where the images live: on the device, or in host memory (pinned where there is a GPU), from where a batch is brought over
-        beside the device's work. Columns are on the device in both.
+      images: "replicated" or "sharded". tier: "device" or "host". None: as the run decides (`memory.place`), else replicated on the device.
       columns: name → dtype, e.g. label=torch.int16.
     """
 
@@ -66,14 +81,19 @@ class Store:
         *,
         ring: bool = False,
         quant: Quant = "floor",
-        tier: Tier = "device",
+        images: Sharing | None = None,
+        tier: Tier | None = None,
         **columns: torch.dtype,
     ):
         c, h, w = shape
         self.rng, self.capacity, self.ring, self.quant = rng, capacity, ring, quant
-        pinned = tier == "host" and rng.device.type == "cuda"
-        place = rng.device if tier == "device" else torch.device("cpu")
-        self.images = torch.zeros(capacity, h, w, c, dtype=dtype, device=place, pin_memory=pinned)
+        self.sharing, self.tier = place(capacity * h * w * c * dtype.itemsize, images, tier)
+        pinned = self.hosted and rng.device.type == "cuda"
+        # Of the shards' rows one more, the last: it takes what other ranks hold, so that `put` needs no look at row numbers.
+        rows = capacity if self.shards == 1 else shard.held(capacity, 0, self.shards) + 1
+        where = torch.device("cpu") if self.hosted else rng.device
+        self.images = torch.zeros(rows, h, w, c, dtype=dtype, device=where, pin_memory=pinned)
+        self.ahead = Ahead() if self.hosted or self.shards > 1 else None
         self.columns = {k: torch.zeros(capacity, dtype=d, device=rng.device) for k, d in columns.items()}
         self.fill, self.written = 0, 0
         self.order = torch.zeros(0, dtype=torch.int64, device=rng.device)
@@ -83,13 +103,24 @@ class Store:
     def of(cls, rng: Rng, images: Tensor, **columns: Tensor) -> Store:
         """A full store of images [N, H, W, C] that are there already, equal on all ranks; nothing is copied."""
         n, h, w, c = images.shape
-        store = cls(rng, 0, (c, h, w), images.dtype)
+        tier: Tier = "device" if images.device == rng.device else "host"
+        store = cls(rng, 0, (c, h, w), images.dtype, images="replicated", tier=tier)
         store.images, store.columns = images, dict(columns)
         store.capacity = store.fill = store.written = n
         return store
 
     def __len__(self) -> int:
         return self.fill
+
+    @property
+    def shards(self) -> int:
+        """How many ranks the images are dealt to; 1: every rank holds them all."""
+        return ranks.world() if self.sharing == "sharded" else 1
+
+    @property
+    def hosted(self) -> bool:
+        """Whether the images are in host memory."""
+        return self.tier == "host"
 
     def add(self, x: Tensor, **columns: Tensor) -> Tensor:
         """Append this rank's rows of a batch.
@@ -124,7 +155,11 @@ class Store:
         if images.dtype == torch.uint8 and self.images.dtype != torch.uint8:
             images = images.to(self.images.dtype) / 255
         at = self._slots(n)
-        self.images[at.to(self.images.device)] = images.to(self.images.device)
+        slot = at
+        if self.shards > 1:
+            slot = torch.where(at % self.shards == ranks.rank(), at // self.shards, len(self.images) - 1)
+        self._settle()
+        self.images[slot.to(self.images.device)] = images.to(self.images.device)
         for k, v in columns.items():
             self.columns[k][at] = v.to(self.columns[k].dtype)
         self.written += len(at)
@@ -165,23 +200,73 @@ class Store:
             self.order[done : done + take] = self.rng.permutation(self.fill, name)[:take]
             done += take
         self.cursor.zero_()
+        if self.ahead is not None:
+            self.ahead.look(self)
 
     def next(self, batch: int) -> Rows:
         """This rank's rows of the next `batch` of the dealt order (no host read; past its end the order begins again)."""
         own = ranks.rows(batch)
+        fetch = self.ahead.next(self, batch) if self.ahead is not None else None
         at = self.cursor + torch.arange(own.start, own.stop, own.step, device=self.order.device)
         index = self.order[at % self.order.numel()]
         self.cursor += batch
-        return self.rows(index)
+        if self.ahead is not None:
+            self.ahead.mark(self)
+        return Rows(self, index, fetch)
 
     def rows(self, index: Tensor) -> Rows:
-        """Rows by their numbers [b] int64, on the device; images in host memory begin to move there."""
-        moving = self.images.device != index.device
-        return Rows(self, index, stage(self.images, index) if moving else None)
+        """Rows by their numbers [b] int64, on the device; images that are not there begin to move. With sharded images a collective."""
+        return Rows(self, index, self.fetch(index))
+
+    def fetch(self, index: Tensor, batch: Tensor | None = None) -> Fetch | None:
+        """The images of rows [b] of this rank on their way, or None where they need not move.
+
+        Args:
+          batch: [b·W] the rows of all ranks in the order of the global batch, where they are known; else they are gathered.
+        """
+        if self.ahead is None:
+            return None
+        if self.shards > 1:
+            wanted = shard.unknown(ranks.gather(index) if batch is None else batch)
+        else:
+            wanted = shard.Wanted(index, torch.arange(len(index), device=index.device), swapped=False)
+        fetch = Fetch(self.images, wanted, self.rng.device, self.hosted)
+        if not self.hosted:
+            fetch.send()  # from host memory it is sent when it is used: until then the host need not wait
+        return fetch
+
+    def _settle(self) -> None:
+        """Before images are overwritten: nothing of them is under way."""
+        if self.ahead is not None:
+            self.ahead.forget()
+        if self.hosted:
+            host.settle()
 
     def read(self, index: Tensor) -> Tensor:
         """Images [b, C, H, W] at `index`, in [0, 1] for a uint8 store, as they are stored otherwise; torch's default dtype."""
-        return self.rows(index).gather()
+        return self.rows(index).read()
+
+    # What a checkpoint keeps apart --------------------------------------------------------------------------------------
+
+    @property
+    def apart(self) -> bool:
+        """Whether a checkpoint keeps the images in files of their own: one a rank where they are sharded."""
+        return self.hosted or self.sharing == "sharded" or self.images.nbytes > APART
+
+    def held(self) -> Tensor:
+        """This rank's stored images [n, H, W, C], not copied; without sharding those of every rank."""
+        return self.images[: shard.held(self.fill, ranks.rank() if self.shards > 1 else 0, self.shards)]
+
+    def load(self, parts: Sequence[Any]) -> None:
+        """Take images that `len(parts)` ranks held; those of this rank are picked out.
+
+        Raises:
+          ValueError: they do not fit this store.
+        """
+        self._settle()
+        if sum(map(len, parts)) > self.capacity:
+            raise ValueError(f"{sum(map(len, parts))} images are saved, the store holds {self.capacity}")
+        shard.deal(parts, self.images, ranks.rank() if self.shards > 1 else 0, self.shards)
 
     def newest(self, n: int) -> Tensor:
         """Row numbers of the `n` newest images, newest last, int64."""
@@ -190,5 +275,5 @@ class Store:
 
     @property
     def bytes(self) -> int:
-        """Bytes held by images and columns."""
-        return sum(t.numel() * t.element_size() for t in (self.images, *self.columns.values()))
+        """Bytes held by images and columns, those of sharded images over all ranks."""
+        return self.capacity * self.images[:1].nbytes + sum(t.nbytes for t in self.columns.values())

@@ -218,7 +218,7 @@ def test_refused():
 
 
 @pytest.mark.parametrize("kind", [Store, Prioritised])
-def test_the_host_tier_is_plain_memory_without_a_gpu(kind):
+def test_the_host_tier_without_a_gpu_gives_the_same_bits(kind):
     more = {"classes": 2} if kind is Prioritised else {}
     x, label = torch.rand(5, *SHAPE), torch.arange(5) % 2
     stores = [kind(Rng(), 5, SHAPE, tier=tier, label=torch.int16, **more) for tier in ("device", "host")]
@@ -228,7 +228,7 @@ def test_the_host_tier_is_plain_memory_without_a_gpu(kind):
     index = torch.tensor([4, 0])
     assert torch.equal(stores[0].read(index), stores[1].read(index)) and stores[1].images.device.type == "cpu"
     rows = [s.draw(3).rows if kind is Prioritised else Rows(s, index) for s in stores]
-    assert torch.equal(rows[0].gather(pad=1), rows[1].gather(pad=1)) and rows[1].staged is None
+    assert torch.equal(rows[0].gather(pad=1), rows[1].gather(pad=1)) and rows[0].fetch is None
 
 
 @pytest.mark.gpu

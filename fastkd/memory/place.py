@@ -1,0 +1,100 @@
+"""Where the images of a run's stores live: on which tier, and whether every rank holds them all. An estimate decides what is left open."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fastkd import ranks
+
+Sharing = Literal["replicated", "sharded"]
+Tier = Literal["device", "host"]
+SHARE = 0.5
+"""What images may take of a device's memory, or of a rank's part of the host's; networks, activations and the system have the rest."""
+
+
+@dataclass
+class Places:
+    """Decides for one store after the other, as they are made.
+
+    Attributes:
+      images, tier: what a run asks for; "auto" is the first that fits, in this order: replicated on the device, sharded on the device,
+        replicated in host memory, sharded in host memory (the last one even if it does not fit). On a CPU the two tiers are one.
+      device_bytes, host_bytes: what images may take on this rank, the same on all ranks; `measured` finds them.
+    """
+
+    images: Literal["auto", "replicated", "sharded"] = "auto"
+    tier: Literal["auto", "device", "host"] = "auto"
+    on_gpu: bool = False
+    device_bytes: int = 0
+    host_bytes: int = 0
+    said: list[str] = field(default_factory=list)
+
+    @classmethod
+    def measured(cls, device: torch.device, images: str = "auto", tier: str = "auto") -> Places:
+        """With `SHARE` of the memory of `device` and of this rank's part of the host's; a collective."""
+        host = int(SHARE * host_memory() / ranks.local_world())
+        own = int(SHARE * torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else host
+        least = -ranks.max(torch.tensor([-own, -host]))  # one decision for all ranks, whatever machines they are on
+        return cls(images, tier, device.type == "cuda", *least.tolist())  # type: ignore[arg-type]
+
+    def choose(self, size: int) -> tuple[Sharing, Tier]:
+        """Where a store with `size` bytes of images goes; its room is taken."""
+        tiers: list[Tier] = ["device", "host"] if self.tier == "auto" and self.on_gpu else ["device" if self.tier == "auto" else self.tier]
+        several: list[Sharing] = ["replicated", "sharded"] if ranks.world() > 1 else ["replicated"]
+        sharing: list[Sharing] = several if self.images == "auto" else [self.images]
+        options: list[tuple[Sharing, Tier]] = [(s, t) for t in tiers for s in sharing]
+        chosen = next((o for o in options if self._need(size, o) <= self._left(o[1])), options[-1])
+        need = self._need(size, chosen)
+        if chosen[1] == "device":
+            self.device_bytes -= need
+        else:
+            self.host_bytes -= need
+        if chosen != ("replicated", "device"):
+            where = {"device": "on the device", "host": "in host memory"}[chosen[1]]
+            how = f"sharded over {ranks.world()} ranks" if chosen[0] == "sharded" else "whole on every rank"
+            self.said.append(f"a store's images ({size / 1e9:.3g} GB) are kept {where}, {how}")
+        return chosen
+
+    def _need(self, size: int, option: tuple[Sharing, Tier]) -> int:
+        return -(-size // ranks.world()) if option[0] == "sharded" else size
+
+    def _left(self, tier: Tier) -> int:
+        return self.device_bytes if tier == "device" else self.host_bytes
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory, or of what its container may use."""
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        most = min(most, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return most
+
+
+_places: contextvars.ContextVar[Places | None] = contextvars.ContextVar("places", default=None)
+
+
+@contextlib.contextmanager
+def placed(places: Places | None) -> Iterator[None]:
+    """Context: stores that do not say where their images live ask `places`; None: on the device, replicated."""
+    token = _places.set(places)
+    try:
+        yield
+    finally:
+        _places.reset(token)
+
+
+def place(size: int, images: Sharing | None, tier: Tier | None) -> tuple[Sharing, Tier]:
+    """Where a store goes that asks for `images` and `tier`, None where it leaves them open."""
+    places = _places.get()
+    if places is None or (images is not None and tier is not None):
+        return images or "replicated", tier or "device"
+    sharing, where = places.choose(size)
+    return images or sharing, tier or where
