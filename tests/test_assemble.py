@@ -109,6 +109,31 @@ def test_a_dry_run_walks_every_step_and_computes_nothing(method):
     assert planned["bytes"]["teacher"] > 1e6 and planned["bytes"]["student"] > 3e5
 
 
+@pytest.mark.parametrize("tier", ["device", "host"])
+def test_a_dry_run_shows_what_one_rank_keeps_of_sharded_images(tier):
+    whole, sharded = (
+        assemble.dry_run(config.resolve("fast-digits", {"memory": {"images": images, "tier": tier}}), world=4)
+        for images in ("replicated", "sharded")
+    )
+    size = 4800 * 8 * 8  # 24 epochs of 2 calls of 100 images
+    assert whole["bytes"]["pool"] - sharded["bytes"]["pool"] == size - size // 4 - 64  # a row more for those of others
+    where = "in host memory" if tier == "host" else "on the device"
+    assert f"a store's images (0.307 MB) are kept {where}, sharded over 4 ranks" in sharded["notes"]
+
+
+def test_images_in_host_memory_change_no_bit_and_may_move_when_a_run_is_continued(tmp_path):
+    for name, tier in (("device", "device"), ("host", "host")):
+        outcome = assemble.distil(tiny(memory={"tier": tier}), tmp_path / name)
+        assert outcome.code == 0 and ("in host memory" in " ".join(outcome.summary["notes"])) == (tier == "host")
+    one, two = ((tmp_path / name / "student.safetensors").read_bytes() for name in ("device", "host"))
+    assert one == two
+    newest = sorted((tmp_path / "host" / "checkpoints").glob("step-*"))[-1]
+    assert (newest / "images-r000.safetensors").exists() and not list((tmp_path / "device").glob("checkpoints/*/images-*"))
+    for name, tier in (("device", "host"), ("host", "device")):
+        assert assemble.distil(tiny(memory={"tier": tier}), tmp_path / name, resume="must").code == 0
+        assert (tmp_path / name / "student.safetensors").read_bytes() == one
+
+
 def test_metadata_is_taken_and_said_and_options_win(weights):
     bare, full = weights
     found = load_network(TeacherConfig(weights=str(full)))

@@ -44,8 +44,8 @@ class Ahead:
     def forget(self) -> None:
         """Drop what is under way; an exchange that has begun is waited for, since other ranks take part in it."""
         for _, _, fetch in self.coming:
-            if fetch.work is not None:
-                fetch.work.wait()
+            if fetch.out is not None:
+                fetch.wait()
         self.coming.clear()
 
     def next(self, store: Store, batch: int) -> Fetch | None:

@@ -55,5 +55,7 @@ class Fetch:
         if self.arrived is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(self.arrived)
-            self.out.record_stream(stream)
+            for rows in (self.picked, self.out):  # made on the side stream: not to be overwritten there before this one is past them
+                assert rows is not None
+                rows.record_stream(stream)
         return self.out, self.wanted.at

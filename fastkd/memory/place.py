@@ -60,7 +60,8 @@ class Places:
         if chosen != ("replicated", "device"):
             where = {"device": "on the device", "host": "in host memory"}[chosen[1]]
             how = f"sharded over {ranks.world()} ranks" if chosen[0] == "sharded" else "whole on every rank"
-            self.said.append(f"a store's images ({size / 1e9:.3g} GB) are kept {where}, {how}")
+            amount = f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+            self.said.append(f"a store's images ({amount}) are kept {where}, {how}")
         return chosen
 
     def _need(self, size: int, option: tuple[Sharing, Tier]) -> int:

@@ -61,7 +61,7 @@ class Store:
     - replicated (every rank holds all) or sharded (rank r of W holds rows r, r + W, …, and a batch travels as bytes);
     - on the device or in host memory (pinned where there is a GPU). From there, and from other ranks, the next batches of a dealt order
       are brought over while the current step runs; what is drawn by priority is fetched when it is drawn, because the draw depends on
-      the priorities that the step before wrote.
+      the priorities that the step before wrote. Fetching is host code, so a step with it cannot be captured in a graph.
 
     Args:
       rng: where `deal` draws its order.

@@ -243,6 +243,15 @@ def test_rows_in_host_memory_arrive_on_the_gpu():
     for _ in range(5):
         a, b = (s.draw(16) for s in stores)
         assert torch.equal(a.i, b.i) and torch.equal(a.rows.gather(), b.rows.gather())
+    for s in stores:  # a dealt order, the next batches under way; then rows that are overwritten meanwhile
+        s.reserve(40)
+        s.deal()
+    for n in range(8):
+        a, b = (s.next(8) for s in stores)
+        assert torch.equal(a.index, b.index) and torch.equal(a.gather(), b.gather())
+        if n == 5:
+            for s in stores:
+                s.add(x[:10].flip(0), label[:10].float() + 1, label=label[:10])
 
 
 # State ------------------------------------------------------------------------------------------------------------------------
