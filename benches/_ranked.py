@@ -97,13 +97,23 @@ def row(labels: dict[str, Any], whole: list[float], part: list[float]) -> dict[s
     return {**labels, "ms": median, "p20": p20, "p80": p80, "part_ms": round(statistics.median(part), 4), "share": round(share, 4)}
 
 
-def publish(what: str, command: str, args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Show the rows, and write them with the machine that they were measured on."""
+def publish(what: str, prog: str, argv: list[str], args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Show the rows, and write them with the command and the machine that they were measured on."""
     from . import tables
 
     keys = list(dict.fromkeys(k for r in rows for k in r))
     print("\n".join(tables.aligned([keys, *([tables.cell(k, r.get(k)) for k in keys] for r in rows)])))
     if args.json is not None:
         device = torch.cuda.get_device_name() if args.device == "cuda" else cpuinfo("model name")
-        about = {"what": what, "command": command, "commit": revision(), "device": device, "torch": torch.__version__, "quick": args.quick}
+        words = [w for i, w in enumerate(argv) if "--json" not in argv[max(0, i - 1) : i + 1]]
+        about = {"what": what, "command": " ".join(["python -m", f"benches.{prog}", *words]), "commit": revision(), "device": device}
+        about |= {"torch": torch.__version__, "cores": len(os.sched_getaffinity(0)), "quick": args.quick}
         args.json.write_text(json.dumps({**about, "load": os.getloadavg()[0], "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def markdown(record: dict[str, Any], keys: dict[str, str]) -> list[str]:
+    """The lines of a record as a table; `keys`: column of the record → its title."""
+    from . import tables
+
+    lines = [[tables.cell(k, r.get(k)) for k in keys] for r in record["rows"]]
+    return [f"| {' | '.join(line)} |" for line in [list(keys.values()), ["---"] * len(keys), *lines]]

@@ -25,6 +25,11 @@ from ._ranked import Parts, launch, options, publish, row
 
 WARM = 3
 """First steps of each kind that are not counted."""
+COLUMNS = {
+    **{"recipe": "recipe", "step": "step", "numbers": "numbers", "ms": "step ms", "part_ms": "flat all-reduce, ms", "share": "share"},
+    **{"alone_ms": "alone, ms"},
+}
+"""What the documentation shows of a record."""
 WHAT = "steps of a method and their flat all-reduce (ms); share: of all the time; collectives: share of all of them"
 
 
@@ -37,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--gpus is less than 2, and one rank has nobody to talk to")
     if args.quick:
         args.sets = [*(f"method.{s}" for s in ("batch=8", "kd_batch=8", "kd_steps=4", "g_steps=4", "loops=1", "warmup=1")), *args.sets]
-    publish(WHAT, " ".join(["python -m benches.ranks", *(argv or sys.argv[1:])]), args, launch(measured, args, args.gpus))
+    publish(WHAT, "ranks", sys.argv[1:] if argv is None else argv, args, launch(measured, args, args.gpus))
     return 0
 
 

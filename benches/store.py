@@ -22,6 +22,11 @@ from fastkd.rng import Rng
 from ._ranked import Parts, launch, options, publish, row
 
 WHAT = "a student step, and the part of it that brings the batch (ms); share: of all the time"
+COLUMNS = {
+    **{"images": "images", "tier": "tier", "prefetch": "batches ahead", "ms": "step ms", "part_ms": "of it the batch, ms"},
+    **{"share": "share"},
+}
+"""What the documentation shows of a record."""
 PLACES = [("replicated", "device", 0), ("replicated", "host", 0), ("replicated", "host", ahead.DEPTH)]
 SHARDED = [("sharded", "device", 0), ("sharded", "device", ahead.DEPTH), ("sharded", "host", 0), ("sharded", "host", ahead.DEPTH)]
 
@@ -37,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.quick:
         args.size, args.images, args.batch, args.steps = 8, 64, 8, 4
-    publish(WHAT, " ".join(["python -m benches.store", *(argv or sys.argv[1:])]), args, launch(measured, args, args.gpus))
+    publish(WHAT, "store", sys.argv[1:] if argv is None else argv, args, launch(measured, args, args.gpus))
     return 0
 
 

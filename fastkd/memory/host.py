@@ -31,6 +31,8 @@ def bring(images: Tensor, pick: Tensor, device: torch.device) -> Future[Arriving
       images: [N, H, W, C] in host memory, pinned where the device is a GPU. pick: [n] int64, on the host or on the device.
     """
     ready = None
+    if device.type == "cuda":
+        side(device)  # made here: a device without a number is the current one of this thread
     if pick.is_cuda:  # the thread waits until the numbers are there, the caller does not
         ready = torch.cuda.current_stream(device).record_event()
         pick.record_stream(side(device))

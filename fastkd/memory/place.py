@@ -45,11 +45,14 @@ class Places:
         least = -ranks.max(torch.tensor([-own, -host]))  # one decision for all ranks, whatever machines they are on
         return cls(images, tier, device.type == "cuda", *least.tolist())  # type: ignore[arg-type]
 
-    def choose(self, size: int) -> tuple[Sharing, Tier]:
-        """Where a store with `size` bytes of images goes; its room is taken."""
-        tiers: list[Tier] = ["device", "host"] if self.tier == "auto" and self.on_gpu else ["device" if self.tier == "auto" else self.tier]
-        several: list[Sharing] = ["replicated", "sharded"] if ranks.world() > 1 else ["replicated"]
-        sharing: list[Sharing] = several if self.images == "auto" else [self.images]
+    def choose(self, size: int, images: Sharing | None = None, tier: Tier | None = None) -> tuple[Sharing, Tier]:
+        """Where a store with `size` bytes of images goes, which itself may ask for a place; its room is taken."""
+        tiers: list[Tier] = ["device", "host"] if self.on_gpu else ["device"]
+        sharing: list[Sharing] = ["replicated", "sharded"] if ranks.world() > 1 else ["replicated"]
+        if tier is not None or self.tier != "auto":
+            tiers = [tier or self.tier]  # type: ignore[list-item]
+        if images is not None or self.images != "auto":
+            sharing = [images or self.images]  # type: ignore[list-item]
         options: list[tuple[Sharing, Tier]] = [(s, t) for t in tiers for s in sharing]
         chosen = next((o for o in options if self._need(size, o) <= self._left(o[1])), options[-1])
         need = self._need(size, chosen)
@@ -95,7 +98,4 @@ def placed(places: Places | None) -> Iterator[None]:
 def place(size: int, images: Sharing | None, tier: Tier | None) -> tuple[Sharing, Tier]:
     """Where a store goes that asks for `images` and `tier`, None where it leaves them open."""
     places = _places.get()
-    if places is None or (images is not None and tier is not None):
-        return images or "replicated", tier or "device"
-    sharing, where = places.choose(size)
-    return images or sharing, tier or where
+    return places.choose(size, images, tier) if places is not None else (images or "replicated", tier or "device")

@@ -103,7 +103,7 @@ class Store:
     def of(cls, rng: Rng, images: Tensor, **columns: Tensor) -> Store:
         """A full store of images [N, H, W, C] that are there already, equal on all ranks; nothing is copied."""
         n, h, w, c = images.shape
-        tier: Tier = "device" if images.device == rng.device else "host"
+        tier: Tier = "device" if images.device.type == rng.device.type else "host"
         store = cls(rng, 0, (c, h, w), images.dtype, images="replicated", tier=tier)
         store.images, store.columns = images, dict(columns)
         store.capacity = store.fill = store.written = n

@@ -65,7 +65,11 @@ def test_on_a_cpu_the_tiers_are_one(monkeypatch):
     assert places.choose(100_000 * GB) == ("sharded", "device")
 
 
-def test_a_store_that_says_where_is_not_asked():
+def test_a_store_may_ask_for_a_place_of_its_own(monkeypatch):
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    assert on_gpu().choose(60 * GB, images="replicated") == ("replicated", "host")
+    assert on_gpu(images="sharded", tier="device").choose(GB, tier="host") == ("sharded", "host")
+    monkeypatch.undo()
     with placed(on_gpu(tier="host")):
         assert Store(Rng(), 4, (1, 2, 2)).tier == "host" and Prioritised(Rng(), 4, (1, 2, 2), rule="fifo").hosted
         assert Store(Rng(), 4, (1, 2, 2), images="replicated", tier="device").tier == "device"
