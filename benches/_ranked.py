@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from fastkd.engine.launch import leave
+
 from ._timing import spread
 from .facts import cpuinfo, revision
 
@@ -44,11 +46,14 @@ def _rank(rank: int, world: int, folder: str, work: Callable[..., list[dict[str,
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    rows = work(args, device)
-    if rank == 0:
-        (Path(folder) / "rows.json").write_text(json.dumps(rows))
-    if world > 1:
-        dist.destroy_process_group()
+    try:
+        rows = work(args, device)
+        if rank == 0:
+            (Path(folder) / "rows.json").write_text(json.dumps(rows))
+    finally:  # also after an error: with the group still up its threads would end the process before its traceback is seen
+        if world > 1:
+            dist.destroy_process_group()
+    leave(0)  # at once: gloo's threads sometimes end the interpreter's own way out with SIGABRT
 
 
 class Parts:

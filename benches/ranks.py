@@ -76,7 +76,7 @@ def measured(args: argparse.Namespace, device: torch.device) -> list[dict[str, A
     finally:
         Method._reduce, dist.all_reduce = reduce, all_reduce  # type: ignore[method-assign]
     out = []
-    for name, numbers in sizes.items():
+    for name, numbers in ((n, size) for n, size in sizes.items() if taken[n] > WARM):
         whole = parts[name].ms("step")
         labels = {"recipe": args.recipe, "step": name, "ranks": ranks.world(), "steps": len(whole), "numbers": numbers}
         line = row(labels, whole, parts[name].ms("flat")) | {"alone_ms": alone(numbers, device)}
