@@ -19,6 +19,7 @@ VARIANTS = [
     ("muse", {"resolutions": (8, 16), "res_schedule": "remaining"}),
     ("mb", {"epochs": 4}),  # a ring of fp16, read by rows that each rank draws for itself
     ("cmi", {"preinverted": True}),
+    ("ssd", {}),  # drawn by priority, with eviction
 ]
 """Every way in which a method uses its stores."""
 
