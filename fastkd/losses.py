@@ -7,6 +7,7 @@ couples samples or stands before a clamp, hinge, log or norm goes through `ranks
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -357,3 +358,33 @@ def contrast(local: Tensor, view: Tensor, old_local: Tensor, old_view: Tensor, s
     batch = among(local, torch.arange(mine.start, mine.stop, mine.step, device=local.device)).mean()
     old = among(old_local, len(now) + torch.arange(len(stored), device=local.device))
     return batch + torch.where(stored, old, 0.0).sum() / stored.sum().clamp_min(1)
+
+
+def gan_real(logit: Tensor) -> Tensor:
+    """-mean log sigmoid(logit): what is to be taken for real; also the non-saturating loss of a generator (Goodfellow et al. 2014)."""
+    return F.softplus(-_wide(logit)).mean()
+
+
+def gan_fake(logit: Tensor) -> Tensor:
+    """-mean log(1 - sigmoid(logit)): what is to be taken for fake."""
+    return F.softplus(_wide(logit)).mean()
+
+
+def mean_match(real: Tensor, synthetic: Tensor) -> Tensor:
+    """Σ_c ‖mean_b real_cb - mean_b synthetic_cb‖² of features, summed over classes and dimensions (DM, Zhao and Bilen 2023).
+
+    Args:
+      real: [C, n, d], this rank's images of each class. synthetic: [C, m, d], all of them, equal on all ranks.
+    """
+    return (ranks.mean(_wide(real).mean(1)) - _wide(synthetic).mean(1)).square().sum()
+
+
+def gradient_distance(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> Tensor:
+    """Σ over layers and output units of 1 - cosine of two gradients; 1-D parameters do not count (DC, Zhao et al. 2021).
+
+    Args:
+      real, synthetic: one gradient a parameter, in one order; a row is what flows into one output unit.
+    """
+    rows = [(_wide(r).flatten(1), _wide(s).flatten(1)) for r, s in zip(real, synthetic, strict=True) if r.dim() > 1]
+    parts = [1 - (r * s).sum(1) / (torch.linalg.vector_norm(r, dim=1) * torch.linalg.vector_norm(s, dim=1) + 1e-6) for r, s in rows]
+    return torch.cat(parts).sum()

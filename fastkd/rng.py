@@ -13,6 +13,9 @@ from torch import Tensor
 
 from fastkd import ranks
 
+FAR = 2**62
+"""A draw below this, modulo a count on the device, is uniform to better than 1e-12."""
+
 
 def derive(*key: object) -> int:
     """A 63-bit seed from any printable key; stable over Python versions and machines."""
@@ -91,6 +94,10 @@ class Rng:
     def labels(self, batch: int | Tensor, classes: int, name: str = "") -> Tensor:
         """Uniform class labels [b] int64."""
         return self.integers(classes, batch, name=name)
+
+    def among(self, counts: Tensor, name: str = "") -> Tensor:
+        """int64 [b], row i uniform on 0 … counts[i] - 1; `counts` int64 [b] of at least 1, one a local row, not read by the host."""
+        return self.integers(FAR, counts, name=name) % counts
 
     def pick(self, high: int, n: int = 1, name: str = "") -> Tensor:
         """`n` int64 draws on 0 … high - 1, the same on all ranks (slots, rolls)."""

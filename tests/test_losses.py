@@ -452,3 +452,11 @@ def test_dense_logits_count_as_one_row_a_pixel(loss):
     t, s = (torch.tensor(v) for v in np.random.default_rng(4).standard_normal((2, 3, 5, 4, 2)))
     rows = [v.movedim(1, -1).reshape(-1, 5) for v in (t, s)]
     torch.testing.assert_close(loss(t, s), loss(*rows))
+
+
+def test_gan_losses():
+    x = torch.tensor([-30.0, -1.0, 0.0, 2.0, 30.0], dtype=torch.float64)
+    p = 1 / (1 + np.exp(-x.numpy()))
+    assert losses.gan_real(x).item() == pytest.approx(-np.log(p).mean())
+    assert losses.gan_fake(x).item() == pytest.approx(-np.log(1 / (1 + np.exp(x.numpy()))).mean())
+    assert losses.gan_real(x.to(torch.bfloat16)).dtype == torch.float32

@@ -56,6 +56,15 @@ def test_ranks_draw_for_the_global_batch_and_keep_their_rows(monkeypatch):
         assert torch.equal(own.pick(100, 3), same)
 
 
+def test_draws_among_counts_are_uniform_on_each():
+    rng, counts = Rng(), torch.tensor([1, 2, 5] * 2000)
+    drawn = rng.among(counts)
+    assert drawn.dtype == torch.int64 and (drawn >= 0).all() and (drawn < counts).all()
+    for n in (1, 2, 5):
+        share = torch.bincount(drawn[counts == n], minlength=n) / 2000
+        assert (share - 1 / n).abs().max() < 0.05
+
+
 def test_derived_seeds_are_stable_over_versions():
     assert derive(0, 1, "adapt", 2, "") == derive(0, 1, "adapt", 2, "")
     assert derive("a", "b") != derive("ab")

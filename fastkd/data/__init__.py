@@ -15,9 +15,10 @@ from fastkd.data.names import printable
 from fastkd.errors import ConfigError, InputError, nearest, unknown
 
 if TYPE_CHECKING:
+    from fastkd.data.condensed import CondensedSet
     from fastkd.data.image_set import ImageSet
 
-__all__ = ["DATASETS", "SPLITS", "DatasetEntry", "ImageSet", "check_spec", "open_images", "open_set"]
+__all__ = ["DATASETS", "SPLITS", "CondensedSet", "DatasetEntry", "ImageSet", "check_spec", "open_images", "open_set"]
 
 SPLITS = ("train", "test")
 Progress = Callable[[int, int], None]
@@ -187,4 +188,8 @@ def __getattr__(name: str) -> object:
         from fastkd.data.image_set import ImageSet
 
         return ImageSet
+    if name == "CondensedSet":
+        from fastkd.data.condensed import CondensedSet
+
+        return CondensedSet
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

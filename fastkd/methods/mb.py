@@ -17,6 +17,7 @@ from fastkd.methods._card import Card
 from fastkd.methods._prior import Prior, Replayed
 from fastkd.nn import Trace
 from fastkd.ops import bn_match_loss
+from fastkd.rng import FAR
 
 CARD = Card(
     paper="Binici et al., Preventing Catastrophic Forgetting and Distribution Mismatch in Knowledge Distillation via Synthetic Data",
@@ -28,9 +29,6 @@ CARD = Card(
     terms=("oh", "ie", "act", "dis", "bn", "gap"),
     also="act: a teacher that ends in a linear layer; match=prior+bn: a teacher with BatchNorm",
 )
-
-FAR = 2**62
-"""A draw below this, modulo a count on the device, is uniform to better than 1e-12."""
 
 
 @dataclass
@@ -88,7 +86,7 @@ class Mb(Prior):
     def asks(self) -> tuple[str, ...]:
         return ("bn",) if self.match == "prior+bn" and self.lambda_bn else ()
 
-    def more_terms(self, t: Trace) -> dict[str, Tensor]:
+    def more_terms(self, x: Tensor, t: Trace) -> dict[str, Tensor]:
         if t.bn is None:
             return {}
         return {"bn": self.lambda_bn * bn_match_loss(t.bn, self.teacher.target, self.teacher.split, kind=self.bn_form)}
