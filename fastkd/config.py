@@ -96,8 +96,9 @@ class RunConfig(Section):
     data: str | None = Field(None, description="evaluation data: NAME, NAME:DIR, DIR or none")
     real: str | None = Field(
         None,
-        description="images for vanilla_kd (and cmi.preinverted): NAME, NAME:DIR or DIR, labelled or not; none: training split of data",
+        description="images for cde, cmi.preinverted, vanilla_kd (none: training split of data): NAME, NAME:DIR or DIR, labelled or not",
     )
+    condensed: str | None = Field(None, description="condensed set for cde: safetensors file, folder of fastkd condense, or embedded:NAME")
     embeddings: EmbeddingConfig = EmbeddingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     ranks: RanksConfig = RanksConfig()
@@ -126,6 +127,39 @@ class TeachConfig(Section):
         "crop_flip", description="augmentation; sets without flips (digits, SVHN) get none; with labels of pixels none, crop or crop_flip"
     )
     input_size: Positive | None = Field(None, description="pixels, with labels of pixels those of a crop; none: the data's own")
+    mean: tuple[float, ...] | None = Field(None, description="normalisation mean; none: the field's constants of the data")
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(None, description="normalisation standard deviation")
+    seed: int = Field(0, ge=0, lt=2**63, description="root seed of all draws")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    precision: Literal["fp32", "bf16"] | None = Field(None, description="none: bf16 on a GPU, fp32 on a CPU")
+    poll: Positive = Field(10, description="steps between looks at signals")
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+class CondenseConfig(Section):
+    """A condensed set of real data. What is none follows the paper of the method."""
+
+    data: str = Field("digits", description="training and test images: NAME, NAME:DIR or DIR")
+    method: Literal["dm", "dc", "dsa"] = Field("dm", description="mean features (DM), gradients (DC), or gradients with augmentation (DSA)")
+    ipc: Positive = Field(10, description="images a class")
+    epochs: Positive = Field(20, description="parts of the run; after each the set is tested and a line is written")
+    iterations: Positive | None = Field(None, description="networks an epoch; none: 1000 for dm, 50 for dc and dsa")
+    batch: Positive = Field(256, description="real images of a class in a step, over all ranks")
+    aug: Literal["off", "dsa"] | None = Field(
+        None, description="siamese augmentation, without flips where the data have none; none: dsa, but off for dc"
+    )
+    init: Literal["real", "noise"] | None = Field(None, description="first images; none: real, but noise for dc")
+    lr: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="of the images; none: 1 for dm (10 from 100 images a class), 0.1 for dc and dsa"
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.5, description="of the images' SGD")
+    net: Literal["convnet3", "convnet4"] | None = Field(
+        None, description="network that judges and tests the images; none: convnet4 from 64 pixels, else convnet3"
+    )
+    lr_net: Annotated[float, Field(gt=0)] = Field(0.01, description="learning rate of networks that are trained on the set")
+    chunk: Positive = Field(4096, description="real images of one pass of dm")
+    eval_steps: Positive = Field(1000, description="steps of the network that tests the set")
+    input_size: Positive | None = Field(None, description="pixels; none: the data's own")
     mean: tuple[float, ...] | None = Field(None, description="normalisation mean; none: the field's constants of the data")
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(None, description="normalisation standard deviation")
     seed: int = Field(0, ge=0, lt=2**63, description="root seed of all draws")

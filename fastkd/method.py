@@ -186,8 +186,13 @@ class Method:
         """Whether real images are opened for it; what it cannot do without is in `needs`, or `check` refuses."""
         return "data" in self.needs
 
+    def uses_condensed(self) -> bool:
+        """Whether a condensed set may take the place of real images."""
+        return False
+
     def choose_real(self, found: Any, classes: int) -> Any:
-        """What of the opened real images (an `ImageSet`) becomes `real`; called before `bind`, and may refuse them (`ConfigError`).
+        """What of the opened real images (an `ImageSet`, or a `CondensedSet`) becomes `real`; called before `bind`, and may refuse them
+        (`ConfigError`).
 
         Args:
           classes: number of classes of the teacher.
@@ -371,7 +376,10 @@ class Method:
         """
         if self.space == "normalised":
             return images.read() if isinstance(images, Rows) else images
-        kind = self.aug if kind is None else kind
+        return self.unit_view(images, self.aug if kind is None else kind, name, scale)
+
+    def unit_view(self, images: Tensor | Rows, kind: str, name: str = "aug", scale: float = 0.75) -> Tensor:
+        """`view` of images in [0, 1], also in a method whose own are in normalised space."""
         if kind not in AUGMENTATIONS:
             raise ValueError(f"unknown augmentation '{kind}'; expected one of {', '.join(AUGMENTATIONS)}")
         flips = kind.endswith("flip") or kind == "resized_crop"

@@ -22,7 +22,7 @@ FIELDS: dict[str, Any] = {
     **{"hidden": 16, "nz": 8, "loops": 1, "n_images": 24, "reset_l0_at": 2, "lr": 0.05, "lr_g": 1e-3},
     **{"vae_steps": 1, "replay_batch": 4, "bank_batch": 4, "bank_slots": 2, "push_period": 1, "lr_inner": 0.1},
     **{"capacity": 20},  # of SSD-KD's buffer: a batch and a half
-    **{"init_images": 12, "bank_rows": 30, "bank_draw": 20, "head_width": 6, "adi_period": 1},
+    **{"init_images": 12, "bank_rows": 30, "bank_draw": 20, "head_width": 6, "adi_period": 1, "spc": 3},
 }
 """Values for whichever of these fields a method has."""
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -87,6 +87,10 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("lra", {"replay": "vae", "bn_in_inner": "keep"}),
     ("lra", {"order": "first"}),
     ("lra", {"meta_grad_to_theta": False}),
+    ("cde", {"host": "cmi", "cond": "acgan", "disc_aug": "strong", "kd_mix": "union", "epochs": 2}),
+    ("cde", {"host": "pre", "cond": "none"}),
+    ("cde", {"host": "pre", "disc_aug": "strong", "vae_steps": 0, "replay_batch": 0}),
+    ("cde", {"lambda_fa": 0.0}),
 ]
 """Every method, and the switches that change its steps."""
 
@@ -139,8 +143,10 @@ def real(classes: int = 4, size: int = 16, channels: int = 1, n: int = 28) -> Im
 
 def prepared(name: str, over: dict[str, Any] | None = None, seed: int = 0, **kw: Any) -> Method:
     """A method that is built and sealed."""
-    method = small(name, over)
-    loop.prepare(method, given(seed, **kw))
+    method, found = small(name, over), given(seed, **kw)
+    if method.uses_real():
+        found.real = method.choose_real(found.real, found.classes)
+    loop.prepare(method, found)
     return method
 
 

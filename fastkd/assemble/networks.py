@@ -46,16 +46,30 @@ class Network:
     data: str | None = None
 
 
+def is_embedded(name: str) -> bool:
+    """Whether a file that comes with fastkd is meant."""
+    return name.startswith(EMBEDDED)
+
+
+def embedded(name: str, folder: str = "") -> Path:
+    """The file of `embedded:NAME` in a folder of the assets.
+
+    Raises:
+      ConfigError: there is none of that name.
+    """
+    path = ASSETS / folder / f"{name.removeprefix(EMBEDDED)}.safetensors"
+    if not path.exists():
+        known = [p.stem for p in (ASSETS / folder).glob("*.safetensors")]
+        raise ConfigError(f"'{name}' is not embedded; expected one of {', '.join(EMBEDDED + k for k in sorted(known))}.")
+    return path
+
+
 def weights_path(name: str) -> Path:
     """The file of `embedded:NAME`, of a run folder, or of a path."""
-    if name.startswith(EMBEDDED):
-        path = ASSETS / f"{name.removeprefix(EMBEDDED)}.safetensors"
-        if not path.exists():
-            known = [p.stem for p in ASSETS.glob("*.safetensors")]
-            raise ConfigError(f"'{name}' is not embedded; expected one of {', '.join(EMBEDDED + k for k in sorted(known))}.")
-        return path
+    if is_embedded(name):
+        return embedded(name)
     path = Path(name)
-    for inner in ("student.safetensors", "teacher.safetensors"):
+    for inner in ("student.safetensors", "teacher.safetensors", "convnet.safetensors"):
         if path.is_dir() and (path / inner).exists():
             return path / inner
     if path.is_dir() and (path / "checkpoints").is_dir():

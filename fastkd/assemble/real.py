@@ -1,4 +1,4 @@
-"""The real images that a method learns from: those of `real`, else the training split of the run's data."""
+"""The real images that a method learns from: those of `real`, else the training split of the run's data; or its condensed set."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from fastkd import data
-from fastkd.assemble.networks import Network
+from fastkd.assemble.networks import Network, embedded, is_embedded
 from fastkd.config import RunConfig
+from fastkd.data import condensed
 from fastkd.errors import ConfigError, InputError
 from fastkd.method import Method
 
@@ -22,6 +23,8 @@ def real_images(config: RunConfig, method: Method, name: str, teacher: Network, 
       ConfigError: images for a method that uses none, or that it cannot use. InputError: files that are missing or damaged; data whose
         training and test images are the same.
     """
+    if config.condensed is not None:
+        return condensed_set(config, method, name, teacher)
     if not method.uses_real():
         if config.real is not None:
             raise ConfigError(f"real is '{config.real}', and method '{name}' with these settings uses no real images; leave it out.")
@@ -42,3 +45,18 @@ def real_images(config: RunConfig, method: Method, name: str, teacher: Network, 
             "expected train and test sub-folders, other images with --set real=DIR, or --data none."
         )
     return method.choose_real(found, teacher.classes)
+
+
+def condensed_set(config: RunConfig, method: Method, name: str, teacher: Network) -> Any:
+    """The condensed set that `config` names, as `Given.real`.
+
+    Raises:
+      ConfigError: a method that takes none, or real images beside it. InputError: a file that is missing, damaged or of another teacher.
+    """
+    assert config.condensed is not None
+    if not method.uses_condensed():
+        raise ConfigError(f"condensed is '{config.condensed}', and method '{name}' takes none; leave it out, or use --method cde.")
+    if config.real is not None:
+        raise ConfigError(f"both condensed ('{config.condensed}') and real ('{config.real}') are given; expected one of them.")
+    path = embedded(config.condensed, "condensed") if is_embedded(config.condensed) else config.condensed
+    return method.choose_real(condensed.read(path, classes=teacher.classes, shape=teacher.shape), teacher.classes)

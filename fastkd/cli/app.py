@@ -17,6 +17,7 @@ COMMANDS = {
     "run": "fastkd.cli.run",
     "eval": "fastkd.cli.eval",
     "teach": "fastkd.cli.teach",
+    "condense": "fastkd.cli.condense",
     "demo": "fastkd.cli.demo",
     "methods": "fastkd.cli.methods",
     "models": "fastkd.cli.models",

@@ -65,7 +65,7 @@ def command(network: str | None, data: str | None, limit: int | None, device: st
 
 def data_of(folder: Path) -> str | None:
     """The data that a run was measured on."""
-    for task in (None, "teach"):
+    for task in (None, "teach", "condense"):
         try:
             data = stored(folder, task).get("data")
             return None if data == "none" else data

@@ -37,6 +37,7 @@ KEYS = {
     "student": "student.spec",
     "student_weights": "student.weights",
     "data": "data",
+    "condensed": "condensed",
     "seed": "seed",
     "device": "device",
     "precision": "precision",
@@ -61,6 +62,7 @@ CONTINUE = "continue from the last checkpoint with"
 @click.option("--student", metavar="SPEC", shell_complete=model_names, help="The network to train; as --teacher, or ckpt:RUN_DIR.")
 @click.option("--student-weights", metavar="FILE", help="Weights that the student starts from.")
 @click.option("--data", metavar="SPEC", help="Evaluation data: NAME, NAME:DIR, DIR or none. Only vanilla_kd learns from its train split.")
+@click.option("--condensed", metavar="FILE|DIR", help="Condensed set for cde: a file, or the folder of `fastkd condense`.")
 @click.option("--set", "sets", metavar="KEY=VALUE", multiple=True, help="Any configuration key, such as method.epochs=20. May be repeated.")
 @click.option("--seed", type=int, metavar="N", help="Root of all draws. Default: 0.")
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N. Default: auto.")

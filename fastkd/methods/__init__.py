@@ -28,6 +28,7 @@ METHODS = {
     "lra": "fastkd.methods.lra:host",
     "cmi": "fastkd.methods.cmi:Cmi",
     "deepinversion": "fastkd.methods.deepinversion:DeepInversion",
+    "cde": "fastkd.methods.cde:host",
     "vanilla_kd": "fastkd.methods.vanilla_kd:VanillaKd",
     "noise": "fastkd.methods.noise:Noise",
 }

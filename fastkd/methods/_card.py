@@ -27,6 +27,7 @@ TERMS = {
     "adv": "generator: student and teacher apart",
     "balance": "generator: all classes equally frequent in a batch",
     "ie": "generator: all classes equally frequent in a batch",
+    "cr": "generator: images told apart among all made before",
     "act": "generator: strong features of the teacher",
     "dis": "generator: Jensen-Shannon divergence of student and teacher",
     "kl": "student: KL(teacher ‖ student) at temperature tau",

@@ -83,7 +83,7 @@ class Prior(Game):
         if self.act:
             assert t.feature is not None  # `check` refused what has none
             terms["act"] = self.act * losses.act(t.feature)
-        return terms | self.more_terms(t)
+        return terms | self.more_terms(x, t)
 
     def confident(self, t: Trace) -> dict[str, Tensor]:
         """Images that the teacher is sure of, and a batch of all classes."""
@@ -93,8 +93,8 @@ class Prior(Game):
         """What the teacher is asked for in a generator step beside logits and feature."""
         return ()
 
-    def more_terms(self, t: Trace) -> dict[str, Tensor]:
-        """Terms that a method adds to L_G."""
+    def more_terms(self, x: Tensor, t: Trace) -> dict[str, Tensor]:
+        """Terms that a method adds to L_G of images `x`, of which the teacher says `t`."""
         return {}
 
     # Student --------------------------------------------------------------------------------------------------------

@@ -96,11 +96,16 @@ class StudentPhase(Method):
 
     @step("distillation")
     def learn(self) -> None:
-        rows = self.stores()[0].next(self.kd_batch)
+        rows = self.stores()[0].next(self.dealt)
         x = self.view(rows, self.kd_aug, name="kd", scale=self.kd_scale)
         with torch.no_grad():
             t = self.teacher(x).logits
         self.minimise(self.student_terms(x, t, rows), self.opt_s)
+
+    @property
+    def dealt(self) -> int:
+        """Stored images of a student step, over all ranks."""
+        return self.kd_batch
 
     def student_terms(self, x: Tensor, t: Tensor, rows: Rows) -> dict[str, Tensor]:
         """L_S: the temperature-scaled KL; add-ons extend it."""

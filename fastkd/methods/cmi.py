@@ -26,7 +26,7 @@ CARD = Card(
     basis="code",
     source="zju-vipa/CMI",
     needs=("bn",),
-    terms=("bn", "oh", "adv", "cr: generator: images told apart among all made before", "kl"),
+    terms=("bn", "oh", "adv", "cr", "kl"),
     also="preinverted: images that were inverted before (real)",
 )
 

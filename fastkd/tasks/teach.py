@@ -12,16 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd import assemble, data, losses, models
+from fastkd import assemble, losses
 from fastkd.config import TeachConfig
 from fastkd.data.image_set import IGNORE
 from fastkd.engine.events import Listener
-from fastkd.errors import ConfigError, InputError
-from fastkd.log import Log
+from fastkd.errors import ConfigError
 from fastkd.memory import Store
-from fastkd.method import Augment, Given, Method, Step, step
-from fastkd.nn import Student, augment
-from fastkd.rng import Rng
+from fastkd.method import Method, Step, step
+from fastkd.nn import augment
+from fastkd.tasks.opened import make_job, open_data
 
 
 @dataclass
@@ -99,65 +98,14 @@ def teach(config: TeachConfig, out: Path | None, *, resume: str = "no", listener
     Raises:
       ConfigError, InputError, PlaceError: one sentence each, before the first step.
     """
-    device = assemble.resolve_device(config.device)
-    train = data.open_set(config.data, "train", size=config.input_size)
-    side = None if train is None else min(train.images.shape[1:3]) // 2 if train.dense else train.images.shape[1]
-    test = data.open_set(config.data, "test", size=config.input_size or side)
-    if train is None or test is None or side is None:
-        raise ConfigError("data 'none' cannot train a teacher; expected a data set by name or a folder.")
-    mean, std = config.mean or train.mean, config.std or train.std
-    if mean is None or std is None:
-        raise ConfigError(
-            f"the normalisation constants of '{config.data}' are not known; "
-            "give --mean and --std (ImageNet: 0.485,0.456,0.406 and 0.229,0.224,0.225)."
-        )
-    classes = max(train.classes, test.classes)
-    if classes < 2:
-        raise InputError(f"'{config.data}' has {classes} class; expected at least 2.")
+    found = open_data(config.data, config.input_size, config.mean, config.std, "train a teacher")
+    train = found.train
     if len(train.labels) < config.batch:
         raise ConfigError(f"batch is {config.batch}, the training set has {len(train.labels)} images; expected at most that many.")
     if train.dense and config.aug == "resized_crop":
         raise ConfigError(f"aug is resized_crop, which '{train.name}' with labels of pixels does not have; use --aug crop_flip.")
-    shape = (train.images.shape[3], side, side)
-    torch.manual_seed(config.seed)
-    net = models.build(config.model, classes=classes, channels=shape[0], input_size=shape[1])
-    student = Student(assemble.placed(net, device), shape=shape)
-    if student.dense != train.dense:
-        kind, near = ("pixels", "deeplabv3_mobilenet_v2") if train.dense else ("whole images", "resnet20")
-        raise ConfigError(
-            f"'{train.name}' has labels of {kind}, which '{config.model}' does not answer for; expected such as --model {near}."
-        )
     method = Teach(
         **{k: getattr(config, k) for k in ("epochs", "batch", "aug", "lr", "momentum", "weight_decay", "warmup", "label_smoothing")}
     )
-    metadata = assemble.metadata(config.model, classes, shape, mean, std, train.class_names, data=train.name)
-    given = Given(
-        teacher=None,
-        student=student,
-        shape=shape,
-        classes=classes,
-        mean=torch.tensor(mean, device=device),
-        std=torch.tensor(std, device=device),
-        seed=config.seed,
-        rng=Rng(device),
-        log=Log(device),
-        device=device,
-        real=train.to(device),
-        augmentation=Augment(train.flip, train.pad),
-    )
-    job = assemble.Job(
-        name="teach",
-        method=method,
-        given=given,
-        test=test.to(device),
-        metadata=metadata,
-        out_name="teacher.safetensors",
-        seed=config.seed,
-        precision=assemble.resolve_precision(config.precision, device),
-        poll=config.poll,
-        checkpoint=config.checkpoint,
-        config={"task": "teach", **config.model_dump(mode="json")},
-        facts={"student": assemble.network_facts(config.model, net), "data": train.name},
-        notes=[*train.notes],
-    )
+    job = make_job("teach", method, config.model, found, config, out_name="teacher.safetensors")
     return assemble.execute(job, out, resume=resume, listeners=listeners)

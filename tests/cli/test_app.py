@@ -12,7 +12,7 @@ import pytest
 from fastkd.cli import guard
 from fastkd.cli.app import COMMANDS
 from fastkd.cli.run import KEYS, STOPPED
-from fastkd.config import RunConfig, TeachConfig
+from fastkd.config import CondenseConfig, RunConfig, TeachConfig
 from fastkd.errors import FastkdError
 from tests.cli.conftest import environment, one_sentence
 
@@ -107,10 +107,12 @@ def test_options_write_keys_that_exist() -> None:
         assert not name or name in sections[section].annotation.model_fields, key
 
 
-def test_teach_options_write_keys_that_exist() -> None:
+def test_options_of_tasks_write_keys_that_exist() -> None:
+    from fastkd.cli.condense import KEYS as condense_keys
     from fastkd.cli.teach import KEYS as teach_keys
 
     assert set(teach_keys.values()) <= set(TeachConfig.model_fields)
+    assert set(condense_keys.values()) <= set(CondenseConfig.model_fields)
 
 
 @pytest.mark.parametrize("shell_name", ["bash", "zsh", "fish"])

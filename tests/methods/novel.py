@@ -62,7 +62,7 @@ def spied_terms(method, monkeypatch):
 
 def check_settings(name, **table):
     """Every value that the method lists can be set, and a dry run walks every step of its digits recipe."""
-    cls, chosen = method_class(name, table), {k: v for k, v in table.items() if k == "variant"}
+    cls, chosen = method_class(name, table), {k: v for k, v in table.items() if k in ("variant", "host")}
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         for value in typing.get_args(hints[field.name]) if typing.get_origin(hints[field.name]) is typing.Literal else ():

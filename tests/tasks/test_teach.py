@@ -97,6 +97,7 @@ def test_crops_keep_each_label_with_its_pixel(aug):
         ({"data": "digitz"}, ConfigError, "digits"),
         ({"batch": 5000}, ConfigError, "1297 images"),
         ({"data": "none"}, ConfigError, "cannot train"),
+        ({"mean": (0.5, 0.5)}, ConfigError, "mean has 2 and std 1 numbers; expected one for each of the 1 channels"),
         ({"data": "cifar10:/nowhere"}, InputError, "nowhere"),
     ],
 )
