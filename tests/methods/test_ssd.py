@@ -445,7 +445,8 @@ def test_recipes_of_the_published_pairs_have_the_hosts_weights_and_a_tenth_of_th
             m, host = (make_method(recipes.read(f"{stem}-{data}-{pair}")["method"]) for stem in ("ssd", "fast-5"))
             assert m.capacity == 5000
             assert all(getattr(m, f.name) == getattr(host, f.name) for f in dataclasses.fields(host))
-    m = make_method(recipes.read("ssd-nyuv2")["method"])
+    m, host = (make_method(recipes.read(f"{stem}-nyuv2")["method"]) for stem in ("ssd", "fast"))
+    assert (m.g_steps, m.lr_g, m.lr, m.kd_steps) == (host.g_steps, host.lr_g, host.lr, host.kd_steps)
     assert m.calls(m.warmup) * m.batch <= m.capacity <= m.calls(m.epochs) * m.batch
 
 
