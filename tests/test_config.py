@@ -89,6 +89,7 @@ def test_order_recipe_then_options_then_sets(tmp_path: Path) -> None:
     assert built.method == {"name": "fast", "epochs": 7, "batch": 9}
 
 
+@pytest.mark.fault("T15")
 def test_bom_is_no_obstacle(tmp_path: Path) -> None:
     assert config.read_recipe(write(tmp_path, b"\xef\xbb\xbfseed = 5\n")) == {"seed": 5}
 
@@ -109,6 +110,7 @@ def test_recipe_that_is_a_directory(tmp_path: Path) -> None:
         config.read_recipe(str(tmp_path / "folder.toml"))
 
 
+@pytest.mark.fault("T15")
 @pytest.mark.parametrize("text", ["a = ", "[method\nname = 1", "method = {", "a = 1\na = 2", b"\xff\xfe\x00", b"a = '\x80'"])
 def test_recipe_that_is_not_toml_names_the_file(tmp_path: Path, text: str | bytes) -> None:
     path = write(tmp_path, text)
@@ -116,11 +118,13 @@ def test_recipe_that_is_not_toml_names_the_file(tmp_path: Path, text: str | byte
         config.read_recipe(path)
 
 
+@pytest.mark.fault("T15")
 def test_ten_megabytes_are_not_read(tmp_path: Path) -> None:
     with refused("10 MiB", "below 1 MiB"):
         config.read_recipe(write(tmp_path, b"# " + b"x" * (10 << 20)))
 
 
+@pytest.mark.fault("T15")
 @pytest.mark.parametrize("part", ["teacher", "student"])
 def test_code_in_a_recipe_is_refused(tmp_path: Path, part: str) -> None:
     with refused("code", f"{part}.spec", "command line"):
@@ -145,6 +149,7 @@ def test_other_data_need_another_teacher() -> None:
 # Values ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("T15")
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -170,6 +175,7 @@ def test_wrong_values_in_one_sentence(values: dict, words: tuple[str, ...]) -> N
         config.build(values, "options")
 
 
+@pytest.mark.fault("T15")
 @pytest.mark.parametrize("text", ["nan", "-nan", "inf"])
 def test_toml_nan_is_refused(tmp_path: Path, text: str) -> None:
     with refused("checkpoint.every_minutes", "finite"):

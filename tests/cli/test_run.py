@@ -137,6 +137,7 @@ def test_the_same_command_with_auto_starts_and_continues(cli, tmp_path: Path, at
     assert done.exit_code == 0 and "continued from" in done.stderr, done.stderr
 
 
+@pytest.mark.fault("T16")
 def test_what_is_safe_may_change_and_the_rest_may_not(cli, tmp_path: Path, at_poll) -> None:
     at_poll(6, stop)
     assert run(cli, tmp_path / "a", "--set", "poll=2").exit_code == 75
@@ -173,6 +174,7 @@ def test_word_of_the_data_in_the_folder_name(data: str | None, word: str) -> Non
     assert data_word(data) == word
 
 
+@pytest.mark.fault("T19")
 def test_folders_number_themselves_and_stay_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert out_folder("muse-digits") == Path("runs/muse-digits-001")

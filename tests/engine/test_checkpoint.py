@@ -39,6 +39,7 @@ def test_the_newest_are_kept_by_step(tmp_path):
 FILES = ["state.safetensors", "state.json", "student.safetensors", "manifest.json"]
 
 
+@pytest.mark.fault("T9")
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
 def test_a_truncated_file_is_noticed_and_the_older_checkpoint_taken(tmp_path, name, share):
@@ -52,6 +53,7 @@ def test_a_truncated_file_is_noticed_and_the_older_checkpoint_taken(tmp_path, na
     assert (tmp_path / "damaged-step-00000002").is_dir()
 
 
+@pytest.mark.fault("T10")
 @pytest.mark.parametrize("name", FILES)
 def test_one_flipped_bit_is_noticed(tmp_path, name):
     write(tmp_path, 1)
@@ -62,6 +64,7 @@ def test_one_flipped_bit_is_noticed(tmp_path, name):
     assert checkpoint.newest(tmp_path, []).path.name == "step-00000001"
 
 
+@pytest.mark.fault("T11")
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_file_is_noticed(tmp_path, name):
     write(tmp_path, 1)
@@ -70,6 +73,7 @@ def test_a_missing_file_is_noticed(tmp_path, name):
     assert checkpoint.newest(tmp_path, said).path.name == "step-00000001" and f"{name} is missing" in said[0]
 
 
+@pytest.mark.fault("T11", "T12")
 def test_nothing_there_is_none_and_nothing_good_is_an_error(tmp_path):
     assert checkpoint.newest(tmp_path / "absent", []) is None
     (tmp_path / ".tmp-step-00000009-1").mkdir()
@@ -80,6 +84,7 @@ def test_nothing_there_is_none_and_nothing_good_is_an_error(tmp_path):
         checkpoint.newest(tmp_path, [])
 
 
+@pytest.mark.fault("T13")
 def test_a_failed_write_leaves_the_older_one_whole(tmp_path, monkeypatch):
     write(tmp_path, 1)
     real = os.fsync

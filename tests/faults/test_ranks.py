@@ -17,6 +17,7 @@ STEP = 13
 """In the middle of the second of three epochs."""
 
 
+@pytest.mark.fault("T1")
 def test_a_killed_rank_is_started_again_and_nothing_is_lost(ranks, undisturbed):
     done = ranks.run("killed", "--max-restarts", 2, plant={"rank": 1, "step": STEP, "do": "kill"})
     assert done.returncode == 0, done.stderr
@@ -25,6 +26,7 @@ def test_a_killed_rank_is_started_again_and_nothing_is_lost(ranks, undisturbed):
     ranks.nobody_is_left("killed", 5)
 
 
+@pytest.mark.fault("T2")
 def test_without_restarts_the_first_failure_is_named_and_resume_goes_on(ranks, undisturbed):
     done = ranks.run("no-restart", "--max-restarts", 0, plant={"rank": 1, "step": STEP, "do": "kill"})
     assert done.returncode == 1, done.stderr
@@ -35,6 +37,7 @@ def test_without_restarts_the_first_failure_is_named_and_resume_goes_on(ranks, u
     assert ranks.student("no-restart") == ranks.student(undisturbed)
 
 
+@pytest.mark.fault("T4")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP], ids=lambda s: s.name)
 def test_a_signal_to_the_launcher_saves_and_leaves_with_75(ranks, undisturbed, number):
     name = number.name
@@ -47,6 +50,7 @@ def test_a_signal_to_the_launcher_saves_and_leaves_with_75(ranks, undisturbed, n
     assert ranks.student(name) == ranks.student(undisturbed)
 
 
+@pytest.mark.fault("T5")
 def test_a_second_signal_leaves_at_once_and_what_was_saved_is_whole(ranks, undisturbed):
     plant = {"rank": 0, "step": STEP, "do": "signal-launcher-twice", "value": int(signal.SIGTERM)}
     done = ranks.run("twice", plant=plant)  # rank 0 would sleep for ten minutes, rank 1 wait for it
@@ -58,6 +62,7 @@ def test_a_second_signal_leaves_at_once_and_what_was_saved_is_whole(ranks, undis
     assert ranks.student("twice") == ranks.student(undisturbed)
 
 
+@pytest.mark.fault("T6")
 def test_a_killed_launcher_leaves_a_checkpoint_and_no_orphan(ranks, undisturbed):
     done = ranks.run("orphans", plant={"rank": 0, "step": STEP, "do": "kill-launcher"})
     assert done.returncode == -signal.SIGKILL
@@ -67,6 +72,7 @@ def test_a_killed_launcher_leaves_a_checkpoint_and_no_orphan(ranks, undisturbed)
     assert ranks.student("orphans") == ranks.student(undisturbed)
 
 
+@pytest.mark.fault("T26")
 def test_a_run_goes_on_with_another_number_of_ranks(ranks, undisturbed):
     done = ranks.run("fewer", plant={"rank": 0, "step": STEP, "do": "signal-launcher", "value": int(signal.SIGTERM)})
     assert done.returncode == 75, done.stderr
@@ -78,11 +84,13 @@ def test_a_run_goes_on_with_another_number_of_ranks(ranks, undisturbed):
     assert max(far.values()) < 1e-2 and any(torch.equal(one[k], two[k]) for k in one)
 
 
+@pytest.mark.fault("T4")
 def test_a_time_limit_is_a_stop(ranks, stopped):
     assert ranks.status(stopped)["state"] == "preempted" and ranks.attempts(stopped) == 1
     assert checkpoint.newest(ranks.parent / stopped / "checkpoints", []).manifest["step"] == 1
 
 
+@pytest.mark.fault("T12")
 def test_without_a_valid_checkpoint_resume_refuses_and_auto_starts_anew(ranks, stopped, undisturbed):
     for name in (ranks.copy(stopped, "must"), ranks.copy(stopped, "auto")):
         for path in checkpoint.listed(ranks.parent / name / "checkpoints"):
@@ -110,6 +118,7 @@ def teacher():
 """
 
 
+@pytest.mark.fault("T27")
 def test_ranks_with_different_teachers_are_refused_before_the_first_step(ranks):
     (ranks.parent / "teacher.py").write_text(TEACHER)
     weights = ranks.parent / "teacher.safetensors"
@@ -122,6 +131,7 @@ def test_ranks_with_different_teachers_are_refused_before_the_first_step(ranks):
     assert ranks.attempts("unlike") == 1 and not (ranks.parent / "unlike" / "checkpoints").exists()
 
 
+@pytest.mark.fault("T24")
 def test_one_rank_without_memory_ends_the_run_once_with_its_code(ranks):
     done = ranks.run("memory", plant={"rank": 1, "step": STEP, "do": "no-memory"})
     assert done.returncode == 7, done.stderr
