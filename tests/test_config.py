@@ -240,6 +240,46 @@ def test_configuration_to_json_and_back(seed: int, minutes: float, mean: list[fl
     assert again == built and again.seed == seed and again.embeddings.norm == norm
 
 
+SECTIONS = st.fixed_dictionaries(
+    {"method": st.fixed_dictionaries({"name": st.sampled_from(methods.names())}, optional={"lr": TOML_VALUES, "epochs": TOML_VALUES})},
+    optional={
+        "seed": st.integers(0, 2**63 - 1),
+        "data": st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=12),
+        "precision": st.sampled_from(["fp32", "bf16"]),
+        "poll": st.integers(1, 10**9),
+        "channels_last": st.booleans(),
+        "teacher": st.fixed_dictionaries({}, optional={"std": st.lists(st.floats(1e-9, 1e9), max_size=4), "classes": st.integers(2, 999)}),
+        "embeddings": st.fixed_dictionaries({}, optional={"prompt": st.text(st.characters(codec="ascii", exclude_categories=["Cc"]))}),
+        "checkpoint": st.fixed_dictionaries({}, optional={"every_steps": st.integers(1, 10**9), "every_minutes": st.floats(1e-9, 1e9)}),
+        "ranks": st.fixed_dictionaries({}, optional={"bn": st.sampled_from(["global", "rank"])}),
+    },
+)
+
+
+def toml(table: dict) -> str:
+    """A table of tables as TOML; JSON's strings, numbers and lists are TOML's."""
+    plain = {k: v for k, v in table.items() if not isinstance(v, dict)}
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in plain.items()]
+    for key in table.keys() - plain.keys():
+        lines += [f"[{key}]", *(f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in table[key].items())]
+    return "\n".join(lines) + "\n"
+
+
+@settings(max_examples=100, deadline=None)
+@given(values=SECTIONS)
+def test_recipe_to_configuration_to_config_json_and_back(tmp_path_factory: pytest.TempPathFactory, values: dict) -> None:
+    recipe = write(tmp_path_factory.getbasetemp(), toml(values), "property.toml")
+    assert config.read_recipe(recipe) == values
+    built = config.resolve(recipe, {"teacher": {"spec": "resnet8"}})
+    again = config.build(json.loads(json.dumps(built.model_dump(mode="json"))))
+    assert again == built and again.model_dump(mode="json") == built.model_dump(mode="json")
+    for part, table in values.items():
+        kept = getattr(again, part)
+        if isinstance(table, dict):
+            kept = kept if part == "method" else kept.model_dump(mode="json", include=set(table))
+        assert kept == table
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.recursive(TOML_VALUES, lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3), max_leaves=6), st.data())
 def test_merge_changes_neither_side(value: object, data: st.DataObject) -> None:

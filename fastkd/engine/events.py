@@ -107,4 +107,4 @@ def parsed(lines: Iterable[str | bytes]) -> Iterator[dict[str, Any]]:
 
 def curve(path: Path) -> list[dict[str, Any]]:
     """The epoch events of a run in order, the last one written for each epoch (a resumed run writes some twice)."""
-    return [e for _, e in sorted({e["epoch"]: e for e in read(path) if e["kind"] == "epoch"}.items())]
+    return [e for _, e in sorted({e["epoch"]: e for e in read(path) if e["kind"] == "epoch" and "epoch" in e}.items())]

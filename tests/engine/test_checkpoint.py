@@ -8,6 +8,8 @@ import os
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastkd.engine import checkpoint
 from fastkd.errors import CheckpointError
@@ -28,6 +30,34 @@ def test_round_trip(tmp_path):
     assert torch.equal(saved.tensors["student.w"], torch.full((3,), 3.0)) and saved.numbers == {"pool.fill": 7, "flag": True}
     assert (tmp_path / "LATEST").read_text() == "step-00000012\n"
     assert not list(tmp_path.glob(".tmp*"))
+
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda s: s != "__metadata__")
+DTYPES = st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
+NUMBERS = st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tensors=st.dictionaries(NAMES, st.tuples(st.lists(st.integers(0, 3), max_size=3), DTYPES), max_size=5),
+    numbers=st.dictionaries(NAMES, NUMBERS, max_size=5),
+    about=st.dictionaries(st.text(min_size=1, max_size=6).map("x".__add__), NUMBERS | st.text(st.characters(exclude_categories=["Cs"]))),
+    position=st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)),
+    number=st.integers(0, 10**9),
+)
+def test_any_state_comes_back_as_it_was_written(tmp_path_factory, tensors, numbers, about, position, number):
+    """Names, shapes, dtypes and bits of tensors, host numbers, and what the manifest says of them."""
+    folder = tmp_path_factory.mktemp("round")
+    made = {name: (torch.randn(shape) * 100).to(dtype) for name, (shape, dtype) in tensors.items()}
+    path = checkpoint.write(folder, number, position, made, numbers, {"w": torch.ones(1)}, {"note": "ü"}, about, keep=1)
+    said: list[str] = []
+    saved = checkpoint.newest(folder, said)
+    assert not said and saved.path == path and saved.position == position and saved.manifest["step"] == number
+    assert saved.numbers == numbers and {k: saved.manifest[k] for k in about} == about
+    assert saved.tensors.keys() == made.keys()
+    for name, t in made.items():
+        back = saved.tensors[name]
+        assert back.dtype == t.dtype and back.shape == t.shape and torch.equal(back, t)
 
 
 def test_the_newest_are_kept_by_step(tmp_path):
@@ -82,6 +112,16 @@ def test_nothing_there_is_none_and_nothing_good_is_an_error(tmp_path):
     (write(tmp_path, 3) / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"step-00000003: manifest.json is missing"):
         checkpoint.newest(tmp_path, [])
+
+
+@pytest.mark.fault("T3")
+def test_a_checkpoint_that_made_room_for_one_that_never_came_is_put_back(tmp_path):
+    os.rename(write(tmp_path, 7, value=5.0), tmp_path / f"step-00000007{checkpoint.REPLACED}")  # died between two renames
+    saved = checkpoint.newest(tmp_path, [])
+    assert saved.path.name == "step-00000007" and saved.tensors["student.w"][0] == 5
+    write(tmp_path, 7, keep=1, value=6.0)
+    assert sorted(os.listdir(tmp_path)) == ["LATEST", "step-00000007"]
+    assert checkpoint.newest(tmp_path, []).tensors["student.w"][0] == 6
 
 
 @pytest.mark.fault("T13")

@@ -148,6 +148,7 @@ def test_the_heartbeat_leaves_what_another_rank_has_said(tmp_path):
     assert events.final(tmp_path)["code"] == 7
 
 
+@pytest.mark.fault("T22")
 def test_a_method_that_stops_being_finite_ends_with_a_sentence():
     method = small.prepared("noise")
     with torch.no_grad():
@@ -156,13 +157,15 @@ def test_a_method_that_stops_being_finite_ends_with_a_sentence():
         small.run(method)
 
 
-def test_a_non_finite_step_changes_nothing():
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.fault("T22", "T23")
+def test_a_non_finite_step_changes_nothing(value):
     method = small.prepared("noise")
     w = torch.nn.Parameter(torch.ones(3))
     for opt in (method.adam([w], lr=0.1), method.sgd([w], lr=0.1)):
         method.minimise({"good": (w * 2).sum()}, opt)
         before, state = w.detach().clone(), [t.clone() for t in opt.state[w].values()]
-        method.minimise({"bad": (w * float("nan")).sum()}, opt)
+        method.minimise({"bad": (w * value).sum()}, opt)
         assert torch.equal(before, w) and all(torch.equal(a, b) for a, b in zip(state, opt.state[w].values(), strict=True))
         assert (w.grad == 0).all()
 

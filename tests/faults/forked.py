@@ -52,7 +52,9 @@ def _rank(rank: int, world: int, meeting: str, out: Path, plant: dict[str, Any] 
     os._exit(code)
 
 
-def start(out: Path, *, world: int = 1, plant: dict[str, Any] | None = None, variant: Any = ("fast",), **settings: Any) -> list[BaseProcess]:
+def start(
+    out: Path, *, world: int = 1, plant: dict[str, Any] | None = None, variant: Any = ("fast",), **settings: Any
+) -> list[BaseProcess]:
     """The processes of a run that goes on where `out` ends; a plant's rank is one of 0 … world - 1."""
     out.mkdir(exist_ok=True)
     context, meeting = _server(), str(out.with_name(f"{out.name}-{uuid.uuid4().hex}"))

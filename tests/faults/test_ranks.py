@@ -1,5 +1,5 @@
-"""Ranks that die, are stopped, or are not alike, checkpoints that are gone: T1, T2, T4, T5, T6, T12, T24, T27 of the fault table, on two
-CPU ranks."""
+"""Ranks that die, are stopped, or are not alike, checkpoints that are gone: T1 to T7, T12, T24, T26, T27 of the fault table, on two CPU
+ranks."""
 
 from __future__ import annotations
 
@@ -24,6 +24,17 @@ def test_a_killed_rank_is_started_again_and_nothing_is_lost(ranks, undisturbed):
     assert ranks.student("killed") == ranks.student(undisturbed)
     assert "continued from step-" in done.stderr and ranks.attempts("killed") == 2
     ranks.nobody_is_left("killed", 5)
+
+
+@pytest.mark.fault("T1", "T3")
+@pytest.mark.parametrize(("rank", "at", "step"), [(1, "evaluation", 2), (0, "half-write", 6), (0, "rename", 2), (0, "latest", 2)])
+def test_a_rank_that_dies_at_an_awkward_moment_is_started_again(ranks, undisturbed, rank, at, step):
+    """`test_moments` has all moments, without the launcher."""
+    name = f"killed-{at}"
+    done = ranks.run(name, plant={"rank": rank, "at": at, "step": step, "do": "kill"})
+    assert done.returncode == 0, done.stderr
+    assert ranks.attempts(name) == 2 and ranks.student(name) == ranks.student(undisturbed)
+    ranks.nobody_is_left(name, 5)
 
 
 @pytest.mark.fault("T2")
@@ -60,6 +71,33 @@ def test_a_second_signal_leaves_at_once_and_what_was_saved_is_whole(ranks, undis
     assert checkpoint.newest(ranks.parent / "twice" / "checkpoints", said).manifest["step"] == 12 and not said
     assert ranks.run("twice", "--resume").returncode == 0
     assert ranks.student("twice") == ranks.student(undisturbed)
+
+
+@pytest.mark.fault("T5")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_a_second_signal_to_a_single_process(ranks, number):
+    name = f"alone-{number.name}"
+    plant = {"rank": -1, "step": STEP, "do": "signal-twice", "value": int(number)}  # it would sleep for ten minutes
+    done = ranks.run(name, gpus=1, plant=plant)
+    assert done.returncode == 128 + number, done.stderr
+    said: list[str] = []
+    assert checkpoint.newest(ranks.parent / name / "checkpoints", said).manifest["step"] == 12 and not said
+    assert not list((ranks.parent / name).rglob("*.tmp*"))
+    assert ranks.run(name, "--resume", gpus=1).returncode == 0
+
+
+@pytest.mark.fault("T7")
+def test_twenty_restarts_in_which_a_rank_comes_late(ranks, undisturbed, tries):
+    """Of each start but the last, rank 1 comes 1.5 s late, and leaves as soon as both have met."""
+    late = 20
+    plant = {"rank": 1, "at": "joined", "do": "exit", "value": 3, "attempt": list(range(late)), "late": 1.5}
+    done = ranks.run("late", "--max-restarts", late, plant=plant, limit=600)
+    assert done.returncode == 0, done.stderr
+    assert ranks.attempts("late") == late + 1 and ranks.student("late") == ranks.student(undisturbed)
+    (launch,) = (ranks.parent / "late" / "logs").iterdir()
+    met = [(launch / f"attempt_{n}" / "1" / "stderr.log").read_text() for n in range(late)]
+    tries(late, sum("planted: joined" in text for text in met))
+    assert all("planted: joined" in text for text in met)
 
 
 @pytest.mark.fault("T6")

@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 import time
 
 
@@ -23,6 +24,11 @@ def act(do, value):
         os.kill(os.getppid(), value)
         time.sleep(1.5)
         os.kill(os.getppid(), value)
+        time.sleep(600)
+    elif do == "signal-twice":
+        os.kill(os.getpid(), value)
+        time.sleep(1.5)
+        os.kill(os.getpid(), value)
         time.sleep(600)
     elif do == "no-memory":
         raise MemoryError("planted")
@@ -45,16 +51,20 @@ def act(do, value):
         raise ValueError(do)
 
 
-def plant(do, rank, step=1, at="step", attempt=0, value=None):
-    """Do something in one rank (-1: a process that is none) of one start of the ranks, the `step`-th time that it is `at` a place."""
+def plant(do, rank, step=1, at="step", attempt=0, value=None, late=0.0):
+    """Do something in one rank (-1: a process that is none) of one start of the ranks, or of some, the `step`-th time that it is `at` a
+    place; the process begins `late` seconds late."""
     env = os.environ
-    if int(env.get("RANK", "-1")) != rank or int(env.get("TORCHELASTIC_RESTART_COUNT", "0")) != attempt:
+    attempts = attempt if isinstance(attempt, list) else [attempt]
+    if int(env.get("RANK", "-1")) != rank or int(env.get("TORCHELASTIC_RESTART_COUNT", "0")) not in attempts:
         return
+    time.sleep(late)
     seen = [0]
 
     def here():
         seen[0] += 1
         if seen[0] == step:
+            print(f"planted: {at}", file=sys.stderr, flush=True)
             act(do, value)
 
     PLACES[at](here)
