@@ -18,6 +18,7 @@ from fastkd.cli import terminal
 from fastkd.cli.common import data_word, out_folder
 from fastkd.cli.run import again
 from fastkd.config import build
+from fastkd.engine import events
 from tests.cli.conftest import STUDENT, TINY, one_sentence, sets
 
 
@@ -145,6 +146,8 @@ def test_what_is_safe_may_change_and_the_rest_may_not(cli, tmp_path: Path, at_po
         done = cli("run", "--resume", "--out", tmp_path / "a", *words)
         assert done.exit_code == 2 and named in one_sentence(done.stderr), done.stderr
     assert cli("run", "--resume", "--out", tmp_path / "a", "--set", "checkpoint.keep=1", "--set", "poll=5").exit_code == 0
+    told = [(e["key"], e["was"], e["now"]) for e in events.read(tmp_path / "a" / "events.jsonl") if e["kind"] == "changed"]
+    assert told == [("checkpoint.keep", 2, 1), ("poll", 2, 5)]
 
 
 def test_code_is_not_run_again_unless_it_is_typed_again(cli, tmp_path: Path, at_poll) -> None:

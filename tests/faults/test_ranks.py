@@ -91,7 +91,7 @@ def test_twenty_restarts_in_which_a_rank_comes_late(ranks, undisturbed, tries):
     """Of each start but the last, rank 1 comes 1.5 s late, and leaves as soon as both have met."""
     late = 20
     plant = {"rank": 1, "at": "joined", "do": "exit", "value": 3, "attempt": list(range(late)), "late": 1.5}
-    done = ranks.run("late", "--max-restarts", late, plant=plant, limit=600)
+    done = ranks.run("late", "--max-restarts", late, plant=plant, limit=1800)
     assert done.returncode == 0, done.stderr
     assert ranks.attempts("late") == late + 1 and ranks.student("late") == ranks.student(undisturbed)
     (launch,) = (ranks.parent / "late" / "logs").iterdir()

@@ -11,13 +11,12 @@ import pytest
 
 from tests.faults import table
 
-ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "reliability.md"
+PAGE = table.ROOT / "docs" / "reliability.md"
 
 
 def marked() -> set[str]:
     """Faults that some test stands for."""
-    files = (p.read_text(encoding="utf-8") for p in (ROOT / "tests").rglob("test_*.py") if p != Path(__file__))
+    files = (p.read_text(encoding="utf-8") for p in (table.ROOT / "tests").rglob("test_*.py") if p != Path(__file__))
     return {name for text in files for call in re.findall(r"mark\.fault\(([^)]*)\)", text) for name in re.findall(r'"(T\d+)"', call)}
 
 
@@ -32,37 +31,38 @@ def test_the_page_is_what_the_record_says():
     record = json.loads(PAGE.with_suffix(".json").read_text(encoding="utf-8"))
     page = PAGE.read_text(encoding="utf-8")
     assert page == table.replaced(page, record), "write it anew: make faults ARGS='--fault-table docs/reliability.md'"
-    assert all(seen["tries"] == seen["survived"] > 0 for seen in record["faults"].values()), "the record has losses"
+    assert all(tries == survived > 0 for tries, survived in table.sums(record).values()), "the record has losses"
 
 
-def report(outcome: str, when: str = "call", **said: object) -> pytest.TestReport:
-    return pytest.TestReport("a", ("a", 1, "a"), {}, outcome, None, when, user_properties=list(said.items()))  # type: ignore[arg-type]
+def report(outcome: str, name: str, *faults: str, when: str = "call", **said: object) -> pytest.TestReport:
+    properties = [*said.items(), *([("faults", list(faults))] if faults else [])]
+    return pytest.TestReport(name, ("a", 1, "a"), {}, outcome, None, when, user_properties=properties)  # type: ignore[arg-type]
 
 
-def test_tries_are_counted_and_earlier_faults_kept(tmp_path):
-    page = tmp_path / "page.md"
+def test_tries_are_counted_and_earlier_ones_kept(tmp_path):
+    page, here = tmp_path / "page.md", "tests/faults/test_table.py::test_tries_are_counted_and_earlier_ones_kept"
     page.write_text(f"before\n{table.BEGIN}\nstale\n{table.END}\nafter\n")
-    page.with_suffix(".json").write_text(json.dumps({"faults": {"T1": {"tries": 9, "survived": 9}, "T7": {"tries": 3, "survived": 3}}}))
+    nine, three = ({"faults": ["T1"], "tries": n, "survived": n} for n in (9, 3))
+    page.with_suffix(".json").write_text(json.dumps({"tests": {here: nine, "tests/gone.py::test_x": three, "a::b": three}}))
     session = table.Session(page)
     for said in (
-        report("passed", faults=["T7", "T8"]),
-        report("passed", faults=["T7"], tries=20, survived=20),
-        report("failed", faults=["T8"]),
-        report("failed", faults=["T33"], tries=10, survived=10),  # all were survived, and then something else was wrong
-        report("failed", "setup", faults=["T2"]),
-        report("passed", "setup", faults=["T2"]),
-        report("skipped", faults=["T2"]),
-        report("passed"),
+        report("passed", "a::b[x]", "T7", "T8"),
+        report("passed", "a::b[y]", "T7", "T8"),
+        report("passed", "a::c", "T7", tries=20, survived=20),
+        report("failed", "a::d", "T8"),
+        report("failed", "a::e", "T33", tries=10, survived=10),  # all were survived, and then something else was wrong
+        report("failed", "a::f", "T2", when="setup"),
+        report("passed", "a::g", "T2", when="setup"),
+        report("skipped", "a::g", "T2"),
+        report("passed", "a::h"),
     ):
         session.pytest_runtest_logreport(said)
     session.pytest_sessionfinish()
-    faults = json.loads(page.with_suffix(".json").read_text())["faults"]
-    assert {k: (v["tries"], v["survived"]) for k, v in faults.items()} == {
-        "T1": (9, 9), "T2": (1, 0), "T7": (21, 21), "T8": (2, 1), "T33": (10, 9),
-    }  # fmt: skip
+    record = json.loads(page.with_suffix(".json").read_text())
+    assert table.sums(record) == {"T1": (9, 9), "T2": (1, 0), "T7": (22, 22), "T8": (3, 2), "T33": (10, 9)}
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
-    assert "| 21 | 21 | 0 |" in text and "| 2 | 1 | 1 |" in text and "| – | – | – | not run yet |" in text
+    assert "| 22 | 22 | 0 |" in text and "| 3 | 2 | 1 |" in text and "| – | – | – | not run yet |" in text
 
 
 @pytest.mark.parametrize(("asked", "expected"), [("faults", True), ("faults or soak", True), ("not slow and not faults", False)])
