@@ -99,6 +99,7 @@ def write(
 
     def begin() -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        prune(folder, keep)  # saves that died, one after another, must not fill the disk
         temporary.mkdir()
 
     def own_images() -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fastkd.engine import checkpoint
 from fastkd.errors import CheckpointError
+from fastkd.files import write_file
 
 
 def write(folder, number, keep=3, value=1.0):
@@ -122,6 +123,18 @@ def test_a_checkpoint_that_made_room_for_one_that_never_came_is_put_back(tmp_pat
     write(tmp_path, 7, keep=1, value=6.0)
     assert sorted(os.listdir(tmp_path)) == ["LATEST", "step-00000007"]
     assert checkpoint.newest(tmp_path, []).tensors["student.w"][0] == 6
+
+
+@pytest.mark.fault("T33")
+def test_what_dead_saves_left_behind_goes_before_the_next_is_written(tmp_path, monkeypatch):
+    for n in (1, 2, 3, 4):
+        write(tmp_path, n, keep=4)
+    (tmp_path / f".tmp-step-00000005-{os.getpid()}").mkdir()  # of a process of the same number, as containers have them
+    seen = []
+    monkeypatch.setattr(checkpoint, "write_file", lambda path, data: seen.append(sorted(os.listdir(tmp_path))) or write_file(path, data))
+    write(tmp_path, 5, keep=2)
+    assert seen[0] == [f".tmp-step-00000005-{os.getpid()}", "LATEST", "step-00000003", "step-00000004"]
+    assert [p.name for p in checkpoint.listed(tmp_path)] == ["step-00000005", "step-00000004"]
 
 
 @pytest.mark.fault("T13")

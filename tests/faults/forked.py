@@ -21,7 +21,8 @@ from fastkd.engine import checkpoint, events
 from tests import small
 from tests.cli.conftest import environment
 
-LIMIT = 120
+LIMIT = 300
+"""Seconds that a rank has."""
 
 
 @cache
@@ -69,7 +70,10 @@ def run(out: Path, **how: Any) -> list[int | None]:
     ranks = start(out, **how)
     for process in ranks:
         process.join(LIMIT)
-        assert process.exitcode is not None, "a rank hangs"
+    if hanging := [process for process in ranks if process.is_alive()]:
+        for process in hanging:
+            process.kill()
+        raise AssertionError(f"{len(hanging)} of {len(ranks)} ranks did not end within {LIMIT} s")
     codes = [process.exitcode for process in ranks]
     for process in ranks:
         process.close()

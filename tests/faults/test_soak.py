@@ -1,4 +1,4 @@
-"""One run that is killed two hundred times at random moments, or as often as ten minutes allow (T33); `make soak`."""
+"""What takes minutes: a run that is killed two hundred times at random moments (T33), ranks that are restarted twenty times (T7)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.faults import forked
 
 pytestmark = pytest.mark.soak
 
-KILLS, LEAST, SECONDS, SEED = 200, 40, 500, 33
-EPOCHS, EVERY, KEEP = 60, 2, 2
+KILLS, LEAST, SECONDS, SEED = 200, 40, 420, 33
+EPOCHS, EVERY, KEEP = 40, 2, 2
 VARIANT = ("fast", {"epochs": EPOCHS})
 PLACES = ("step", "update", "evaluation", "write", "half-write", "rename", "latest", "prune")
 
@@ -35,7 +35,7 @@ def grown() -> tuple[int, int, int]:
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts files and threads in /proc")
 def test_two_hundred_kills_in_one_run(tmp_path, tries):
     draw, out, clean = random.Random(SEED), tmp_path / "run", tmp_path / "clean"
-    assert forked.run(clean, variant=VARIANT, every_steps=EVERY, keep=KEEP) == [0]
+    assert forked.run(clean, variant=VARIANT) == [0]
     one = max(bytes_below(path) for path in checkpoint.listed(clean / "checkpoints"))
     before, began, kills, most, steps = grown(), time.monotonic(), 0, 0, [0]
     while kills < KILLS and time.monotonic() - began < SECONDS:
@@ -56,6 +56,20 @@ def test_two_hundred_kills_in_one_run(tmp_path, tries):
     tries(kills, kills)
     assert not forked.differing(forked.state(out), forked.state(clean)) and forked.log(out) == forked.log(clean)
     assert kills >= LEAST, f"{kills} kills in {SECONDS} s show little"
-    assert most < (KEEP + 4) * one, "what dead saves leave behind does not add up"
+    assert most < (KEEP + 3) * one, "what dead saves leave behind does not add up"
     assert grown() == before
     assert len(set(steps)) > kills // 5, "the run went on between the kills"
+
+
+@pytest.mark.fault("T7")
+def test_twenty_restarts_in_which_a_rank_comes_late(ranks, undisturbed, tries):
+    """Of each start but the last, rank 1 comes 1.5 s late, and leaves as soon as both have met."""
+    late = 20
+    plant = {"rank": 1, "at": "joined", "do": "exit", "value": 3, "attempt": list(range(late)), "late": 1.5}
+    done = ranks.run("late", "--max-restarts", late, plant=plant, limit=1800)
+    assert done.returncode == 0, done.stderr
+    assert ranks.attempts("late") == late + 1 and ranks.student("late") == ranks.student(undisturbed)
+    (launch,) = (ranks.parent / "late" / "logs").iterdir()
+    met = [(launch / f"attempt_{n}" / "1" / "stderr.log").read_text() for n in range(late)]
+    tries(late, sum("planted: joined" in text for text in met))
+    assert all("planted: joined" in text for text in met)
