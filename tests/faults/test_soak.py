@@ -15,7 +15,7 @@ from tests.faults import forked
 
 pytestmark = pytest.mark.soak
 
-KILLS, LEAST, SECONDS, SEED = 200, 40, 420, 33
+KILLS, LEAST, SECONDS, SEED = 200, 25, 360, 33
 EPOCHS, EVERY, KEEP = 40, 2, 2
 VARIANT = ("fast", {"epochs": EPOCHS})
 PLACES = ("step", "update", "evaluation", "write", "half-write", "rename", "latest", "prune")
