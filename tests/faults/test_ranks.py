@@ -27,7 +27,7 @@ def test_a_killed_rank_is_started_again_and_nothing_is_lost(ranks, undisturbed):
 
 
 @pytest.mark.fault("T1", "T3")
-@pytest.mark.parametrize(("rank", "at", "step"), [(1, "evaluation", 2), (0, "rename", 2)])
+@pytest.mark.parametrize(("rank", "at", "step"), [(1, "evaluation", 2), (0, "half-write", 6), (0, "rename", 2), (0, "latest", 2)])
 def test_a_rank_that_dies_at_an_awkward_moment_is_started_again(ranks, undisturbed, rank, at, step):
     """`test_moments` has all moments, without the launcher."""
     name = f"killed-{at}"
