@@ -1,7 +1,7 @@
 # Every target sets itself up: a virtual environment in .venv, the versions of constraints.txt, the compiled part.
 #   make demo     distil the embedded teacher, and measure the floor (noise) with the same budget
 #   make test     the default tests           make lint     style, types, import order
-#   make slow     long tests                  make faults   kill, full disk, damaged files
+#   make slow     long tests                  make faults   kill, full disk, damaged files    make soak     200 kills, 20 restarts
 #   make bench OUT=DIR   the benches beside other libraries, JSON into DIR (runs/bench)
 #   make gpu OUT=DIR     on a machine with a GPU, in nine minutes: build, tests, benches; JSON into DIR (benches/results/DEVICE)
 #                        GPU_PYTHON=python3: that interpreter and the torch it has; WHEELS=DIR: what it lacks; nothing is downloaded
@@ -29,7 +29,7 @@ WHEELS ?=
 DRY ?=
 ARGS ?=
 
-.PHONY: help demo test lint slow faults bench peers gpu clean install
+.PHONY: help demo test lint slow faults soak bench peers gpu clean install
 
 help:
 	@sed -n '2,11s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -60,7 +60,10 @@ slow: $(INSTALLED)
 	$(PY) -m pytest -q -m slow $(ARGS)
 
 faults: $(INSTALLED)
-	$(PY) -m pytest -q -m faults $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -q -n 2 --dist loadfile -m faults $(ARGS)
+
+soak: $(INSTALLED)
+	$(PY) -m pytest -q -m soak $(ARGS)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.faults.table import pytest_addoption, pytest_collection_modifyitems, pytest_configure
+
+__all__ = ["pytest_addoption", "pytest_collection_modifyitems", "pytest_configure"]
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:

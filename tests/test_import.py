@@ -58,10 +58,12 @@ def test_torch_modules_load_neither_triton_nor_kernels_nor_cuda():
     )
 
 
+@pytest.mark.fault("T32")
 def test_without_a_gpu():
     run(USE + "assert 'cuda' not in {r[1] for r in ops.table()}\nassert not torch.cuda.is_initialized()")
 
 
+@pytest.mark.fault("T32")
 def test_without_the_compiled_part():
     run(
         HIDE + "sys.meta_path.insert(0, Hide('fastkd._C'))\n" + USE + "assert chosen['bn_sums'] == 'reference', chosen\n"
@@ -71,6 +73,7 @@ def test_without_the_compiled_part():
     )
 
 
+@pytest.mark.fault("T32")
 def test_without_triton():
     run(
         HIDE + "sys.meta_path.insert(0, Hide('triton'))\n" + USE + "assert why['bn_sums']['triton'] != 'ok'\n"
@@ -79,11 +82,13 @@ def test_without_triton():
     )
 
 
+@pytest.mark.fault("T32")
 def test_without_both():
     hidden = "sys.meta_path.insert(0, Hide('triton', 'fastkd._C'))\n"
     run(HIDE + hidden + USE + "assert set(chosen.values()) == {'reference', 'fold'}, chosen")
 
 
+@pytest.mark.fault("T32")
 def test_a_compiled_part_that_does_not_load_is_a_reason_not_a_crash(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nclass Broken:\n    def find_spec(self, name, path=None, target=None):\n"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastkd import ranks
 from fastkd.rng import Rng, derive
@@ -63,6 +66,32 @@ def test_draws_among_counts_are_uniform_on_each():
     for n in (1, 2, 5):
         share = torch.bincount(drawn[counts == n], minlength=n) / 2000
         assert (share - 1 / n).abs().max() < 0.05
+
+
+KEYS = st.tuples(st.integers(0, 2**63 - 1), st.integers(-1, 10**6), st.text(max_size=8), st.integers(0, 10**6))
+DRAWS = st.sampled_from(
+    [
+        lambda rng, n, name: rng.normal(n, 2, name=name), lambda rng, n, name: rng.uniform(n, name=name),
+        lambda rng, n, name: rng.integers(7, n, 3, name=name), lambda rng, n, name: rng.labels(n, 10, name=name),
+    ]
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(KEYS, st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 5), st.lists(st.tuples(DRAWS, st.text(max_size=4)), min_size=1, max_size=4))
+def test_draws_are_independent_of_the_number_of_ranks(key, world, rows, draws):
+    whole = Rng()
+    whole.at(*key)
+    expected = [draw(whole, world * rows, name) for draw, name in draws]
+    alike = whole.permutation(9)
+    for r in range(world):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ranks, "world", lambda: world)
+            patch.setattr(ranks, "rank", lambda r=r: r)
+            own = Rng()
+            own.at(*key)
+            assert all(torch.equal(draw(own, world * rows, name), e[r::world]) for (draw, name), e in zip(draws, expected, strict=True))
+            assert torch.equal(own.permutation(9), alike)
 
 
 def test_derived_seeds_are_stable_over_versions():

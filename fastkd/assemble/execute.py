@@ -103,17 +103,23 @@ def refuse_changes(out: Path, config: dict[str, Any]) -> None:
     Raises:
       ConfigError: a key that decides the run differs; it is named with both values.
     """
-    try:
-        before = _flat(json.loads((out / "config.json").read_bytes()))
-    except (OSError, ValueError):
-        return  # the checkpoint's own record is compared later
-    now = _flat(json.loads(json.dumps(config)))
-    for key in sorted(before.keys() | now.keys()):
-        if key not in SAFE_ON_RESUME and before.get(key) != now.get(key):
+    for key, was, now in changes(out, config):
+        if key not in SAFE_ON_RESUME:
             raise ConfigError(
-                f"the run in '{out}' cannot be continued with another {key}: it was {before.get(key)!r}, now {now.get(key)!r}; "
+                f"the run in '{out}' cannot be continued with another {key}: it was {was!r}, now {now!r}; "
                 "leave that option out, or choose a new --out."
             )
+
+
+def changes(out: Path, config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, was, now) of what differs from the configuration that the folder holds; nothing where that cannot be read, because the
+    checkpoint's own record is compared later."""
+    try:
+        before = _flat(json.loads((out / "config.json").read_bytes()))
+    except (OSError, ValueError, AttributeError):
+        return []
+    now = _flat(json.loads(json.dumps(config)))
+    return [(key, before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -151,6 +157,8 @@ def _execute(job: Job, out: Path | None, *, resume: bool, anew: bool, listeners:
         reached = evaluation.measure(given.teacher, job.test, given.mean, given.std)[score]
     facts = {**job.facts, "teacher": {**job.facts.get("teacher", {}), score: reached}}
     events.write("start", method=job.name, **facts, device=str(given.device), precision=job.precision, epochs=method.epochs, notes=notes)
+    for key, was, now in changes(out, job.config) if resume and out is not None and first else ():
+        events.write("changed", key=key, was=was, now=now)
     events.status("running")
     try:
         with signals.watched(time_limit) as stop:
@@ -170,7 +178,7 @@ def _execute(job: Job, out: Path | None, *, resume: bool, anew: bool, listeners:
 
 
 def _summary(job: Job, facts: dict[str, Any], notes: list[str], events: Events, out: Path | None, wall: float) -> dict[str, Any]:
-    epochs = curve(out / "events.jsonl") if out is not None and ranks.rank() == 0 else events.epochs
+    epochs = _epochs(events, out)
     score = evaluation.headline(job.test)
     scores = [e[score] for e in epochs if e.get("trained") and score in e]
     seconds: dict[str, float] = {}
@@ -200,6 +208,15 @@ def _summary(job: Job, facts: dict[str, Any], notes: list[str], events: Events, 
         **job.method.report(),
         **extra,
     }
+
+
+def _epochs(events: Events, out: Path | None) -> list[dict[str, Any]]:
+    """The epochs in order: what the log has of earlier starts, and those of this process, whose log may have failed."""
+    logged: list[dict[str, Any]] = []
+    if out is not None and ranks.rank() == 0:
+        with contextlib.suppress(OSError):
+            logged = curve(out / "events.jsonl")
+    return [e for _, e in sorted({e["epoch"]: e for e in [*logged, *events.epochs]}.items())]
 
 
 def versions() -> dict[str, str]:

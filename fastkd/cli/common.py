@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -36,8 +37,9 @@ def _debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 
 
 def say(text: str) -> None:
-    """A line of chatter."""
-    click.echo(text, err=True)
+    """A line of chatter; that stderr cannot take it ends nothing."""
+    with contextlib.suppress(OSError):
+        click.echo(text, err=True)
 
 
 def emit(value: Any) -> None:

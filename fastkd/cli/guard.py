@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
@@ -44,7 +45,8 @@ def attempted(run: Callable[[], Any]) -> int:
         if e.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             return _say(f"'{e.filename}' cannot be a file or folder here: {os.strerror(e.errno).lower()}.", e, PLACE)
         if e.errno in PLACE_ERRNOS:
-            return _say(f"{os.strerror(e.errno or 0).lower()}: '{e.filename}'; choose a place with room and write permission.", e, PLACE)
+            where = f"'{e.filename}'" if e.filename else "where the output goes"
+            return _say(f"{os.strerror(e.errno or 0).lower()}: {where}; choose a place with room and write permission.", e, PLACE)
         return _unexpected(e)
     except Exception as e:
         if no_memory(e):
@@ -65,11 +67,12 @@ def _first(e: BaseException) -> str:
 
 
 def _say(sentence: str, e: BaseException, code: int) -> int:
-    if wanted["debug"]:
-        traceback.print_exception(e)
+    with contextlib.suppress(OSError):  # stderr may be what is full: the code still says it
+        if wanted["debug"]:
+            traceback.print_exception(e)
+            click.echo(f"fastkd: {sentence}", err=True)
+            return code
         click.echo(f"fastkd: {sentence}", err=True)
-        return code
-    click.echo(f"fastkd: {sentence}", err=True)
-    for note in getattr(e, "__notes__", []):
-        click.echo(note, err=True)
+        for note in getattr(e, "__notes__", []):
+            click.echo(note, err=True)
     return code

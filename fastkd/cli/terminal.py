@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -57,13 +58,15 @@ class Show:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        with contextlib.suppress(OSError):
+            self.close()
 
     def __call__(self, event: Event) -> None:
         """Take an event of any kind; kinds that are not drawn are passed over."""
         handler = getattr(self, f"on_{event['kind']}", None)
         if handler is not None:
-            handler(event)
+            with contextlib.suppress(OSError):  # a full disk behind 2>FILE, a reader that went away: the run goes on
+                handler(event)
 
     def close(self) -> None:
         """Leave the terminal as it was."""

@@ -7,6 +7,7 @@ in `images-r000.safetensors` and so on, written by the ranks that hold them; who
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -26,6 +27,8 @@ from fastkd.errors import CheckpointError
 from fastkd.files import digest, fsync_folder, tensor_bytes, write_atomic, write_file, write_tensors
 
 SCHEMA = 1
+REPLACED = "-old"
+"""Ends the name of a checkpoint that one of the same step is about to replace."""
 IMAGES = "images-r"
 """How the names of files with images begin."""
 
@@ -96,6 +99,7 @@ def write(
 
     def begin() -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        prune(folder, keep)  # saves that died, one after another, must not fill the disk
         temporary.mkdir()
 
     def own_images() -> dict[str, Any] | None:
@@ -111,8 +115,9 @@ def write(
         manifest = {"schema": SCHEMA, "step": number, "position": list(position), "files": files, **about}
         write_file(temporary / "manifest.json", json.dumps({**manifest, "digest": _digest(manifest)}, indent=1).encode())
         fsync_folder(temporary)
-        if final.exists():  # the same step again, e.g. a second stop at one place
-            os.rename(final, temporary.with_name(f"{temporary.name}-old"))  # `prune` removes it
+        if final.exists():  # the same step again, e.g. a second stop at one place; it may be the only checkpoint
+            shutil.rmtree(folder / f"{final.name}{REPLACED}", ignore_errors=True)
+            os.rename(final, folder / f"{final.name}{REPLACED}")  # `prune` removes it, `newest` puts it back
         os.rename(temporary, final)
         fsync_folder(folder)
         write_atomic(folder / "LATEST", f"{final.name}\n".encode())
@@ -169,10 +174,20 @@ def prune(folder: Path, keep: int) -> None:
     """Remove all but the `keep` newest (at least one), oldest first, and what an interrupted save left behind. Rank 0 does it."""
     if ranks.rank():
         return
+    _put_back(folder)
     for path in reversed(listed(folder)[max(1, keep) :]):
         shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(".tmp-step-*"):
+    for path in (*folder.glob(".tmp-step-*"), *folder.glob(f"step-*{REPLACED}")):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _put_back(folder: Path) -> None:
+    """A checkpoint that made room for another of the same step, which then did not come, has its name again."""
+    for path in folder.glob(f"step-*{REPLACED}"):
+        place = path.with_name(path.name.removesuffix(REPLACED))
+        with contextlib.suppress(OSError):
+            if not place.exists():
+                path.rename(place)
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -196,7 +211,9 @@ def verify(path: Path) -> dict[str, Any]:
                 raise ValueError(f"{name} does not match its checksum")
     except FileNotFoundError as e:
         raise ValueError(f"{Path(e.filename).name} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+    except OSError as e:  # a bad sector, a folder in a file's place
+        raise ValueError(f"{Path(e.filename).name if e.filename else 'a file'} cannot be read ({e.strerror})") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError):
         raise ValueError("manifest.json is damaged") from None
     return manifest
 
@@ -224,6 +241,7 @@ def newest(folder: Path, said: list[str]) -> Saved | None:
       CheckpointError: there were checkpoints and none of them verifies.
     """
     tried = []
+    _put_back(folder)
     for path in listed(folder):
         try:
             return read(path)

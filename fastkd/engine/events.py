@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fastkd.files import write_atomic
 
@@ -39,8 +39,8 @@ class Events:
         if self.out is None:
             return
         try:
-            with open(self.out / "events.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n")
+            with open(self.out / "events.jsonl", "ab+") as f:
+                f.write(_line_end(f) + json.dumps({"kind": kind, "time": round(time.time(), 3), **values}).encode() + b"\n")
         except OSError:
             self.lost += 1
 
@@ -53,6 +53,14 @@ class Events:
             write_atomic(self.out / "status.json", body, writer=f"-{os.getpid()}")  # any rank may say why it ends the run
         except OSError:
             self.lost += 1
+
+
+def _line_end(f: BinaryIO) -> bytes:
+    """What ends the last line of a file where a crash or a full disk tore it; the next event would be lost with it."""
+    if f.seek(0, os.SEEK_END) == 0:
+        return b""
+    f.seek(-1, os.SEEK_END)
+    return b"" if f.read(1) == b"\n" else b"\n"
 
 
 class Heartbeat:
@@ -99,4 +107,4 @@ def parsed(lines: Iterable[str | bytes]) -> Iterator[dict[str, Any]]:
 
 def curve(path: Path) -> list[dict[str, Any]]:
     """The epoch events of a run in order, the last one written for each epoch (a resumed run writes some twice)."""
-    return [e for _, e in sorted({e["epoch"]: e for e in read(path) if e["kind"] == "epoch"}.items())]
+    return [e for _, e in sorted({e["epoch"]: e for e in read(path) if e["kind"] == "epoch" and "epoch" in e}.items())]

@@ -33,6 +33,7 @@ main()
 """
 
 
+@pytest.mark.fault("T32")
 @pytest.mark.parametrize(
     "words",
     [

@@ -29,6 +29,7 @@ def test_for_people(cli) -> None:
     assert all(word in said for word in ("python", "torch", "bn_sums", "free disk", "compiled"))
 
 
+@pytest.mark.fault("T32")
 def test_a_package_that_breaks_at_import_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         def find_spec(self, name, path=None, target=None):

@@ -29,6 +29,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.fault("T15")
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
@@ -68,6 +69,7 @@ def test_run(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[s
     assert not list(tmp_path.iterdir()), "nothing is made before everything has been checked"
 
 
+@pytest.mark.fault("T15")
 @pytest.mark.parametrize(
     "words",
     [["--precision", "fp8"], ["--seed", "many"], ["--mean", "a,b"], ["--mean", "nan"], ["--resume=maybe"], ["--nonsense"], ["extra"]],
@@ -122,6 +124,7 @@ def damaged(kind: str, good: Path, folder: Path) -> Path:
     return path
 
 
+@pytest.mark.fault("T17")
 @pytest.mark.parametrize("kind", ["gone", "directory", "empty", "truncated", "header", "html", "pickle", "zip-pickle", "nan"])
 def test_weights_that_are_none(cli, tmp_path: Path, weights: Path, kind: str) -> None:
     path = damaged(kind, weights, tmp_path)
@@ -131,6 +134,7 @@ def test_weights_that_are_none(cli, tmp_path: Path, weights: Path, kind: str) ->
     assert not (tmp_path / "executed").exists() and not (tmp_path / "out").exists()
 
 
+@pytest.mark.fault("T17")
 @pytest.mark.parametrize(
     ("words", "said"), [(["--classes", "7"], ["7", "10"]), (["--teacher", "resnet20", "--classes", "10"], ["teacher"])]
 )
@@ -152,6 +156,7 @@ def test_data_of_another_number_of_classes(cli, tmp_path: Path, shared_data: Pat
     assert done.exit_code == 4 and "100" in one_sentence(done.stderr), done.stderr
 
 
+@pytest.mark.fault("T17", "T30")
 @pytest.mark.parametrize("command", [["eval", "--data", "digits"], ["models", "--save", "x.safetensors"]])
 def test_other_commands_with_a_file_that_is_none(
     cli, tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
@@ -173,6 +178,7 @@ def test_out_that_is_a_file(cli, tmp_path: Path) -> None:
     assert done.exit_code == 3 and "is a file" in one_sentence(done.stderr)
 
 
+@pytest.mark.fault("T14")
 @pytest.mark.parametrize("place", ["file/below", "/proc/fastkd"])
 def test_out_that_cannot_be_written(cli, tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("x")
@@ -208,17 +214,20 @@ def limited(limit: int, *words: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.fault("T13")
 def test_no_room_for_anything(tmp_path: Path) -> None:
     done = limited(1000, "run", *sets(*TINY), "--out", tmp_path / "a")
     assert done.returncode == 3 and "cannot be written" in one_sentence(done.stderr)
 
 
+@pytest.mark.fault("T13")
 def test_no_room_for_checkpoints(tmp_path: Path) -> None:
     done = limited(30_000, "run", *sets(*TINY, "checkpoint.every_steps=2"), "--out", tmp_path / "a")
     assert done.returncode == 5, done.stderr
     assert "three checkpoints in a row" in one_sentence(done.stderr) and "--resume" in done.stderr
 
 
+@pytest.mark.fault("T13")
 def test_no_room_for_the_student(tmp_path: Path) -> None:
     done = limited(30_000, "run", *sets(*TINY), "--out", tmp_path / "a")
     assert done.returncode in (3, 5), done.stderr
@@ -257,6 +266,7 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted((out / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.fault("T9")
 @pytest.mark.parametrize("name", ["state.safetensors", "manifest.json", "state.json"])
 def test_a_newest_checkpoint_cut_in_half_costs_its_steps_only(cli, copied: Path, name: str) -> None:
     cut(checkpoints(copied)[-1] / name)
@@ -265,6 +275,7 @@ def test_a_newest_checkpoint_cut_in_half_costs_its_steps_only(cli, copied: Path,
     assert "damaged" in done.stderr and checkpoints(copied)[-1].name in done.stderr
 
 
+@pytest.mark.fault("T12")
 def test_all_checkpoints_cut_in_half(cli, copied: Path) -> None:
     for path in checkpoints(copied):
         cut(path / "state.safetensors")
@@ -281,6 +292,7 @@ def test_info_finds_the_damage(cli, copied: Path) -> None:
     assert "state.safetensors" in found["checkpoints"][0]["why"]
 
 
+@pytest.mark.fault("T15")
 @pytest.mark.parametrize("content", ["", "{", "[1]", '"x"', '{"method": 3}', '{"sead": 1}'])
 def test_a_damaged_configuration(cli, copied: Path, content: str) -> None:
     (copied / "config.json").write_text(content)
@@ -288,6 +300,7 @@ def test_a_damaged_configuration(cli, copied: Path, content: str) -> None:
     assert done.exit_code in (2, 5) and "config.json" in one_sentence(done.stderr), done.stderr
 
 
+@pytest.mark.fault("T12")
 @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: p.write_text("x")], ids=["gone", "empty", "file"])
 def test_nothing_to_continue(cli, tmp_path: Path, make: Callable[[Path], Any]) -> None:
     make(tmp_path / "a")
@@ -295,12 +308,14 @@ def test_nothing_to_continue(cli, tmp_path: Path, make: Callable[[Path], Any]) -
     assert done.exit_code == 5 and "no run to continue" in one_sentence(done.stderr), done.stderr
 
 
+@pytest.mark.fault("T8")
 def test_the_lock_of_a_living_run(cli, copied: Path) -> None:
     (copied / "lock").write_text(json.dumps({"pid": os.getppid(), "host": os.uname().nodename}))
     done = cli("run", "--resume", "--out", copied)
     assert done.exit_code == 2 and "in use" in one_sentence(done.stderr)
 
 
+@pytest.mark.fault("T8")
 def test_the_lock_of_a_dead_run(cli, copied: Path) -> None:
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True)
     (copied / "lock").write_text(json.dumps({"pid": int(dead.stdout), "host": os.uname().nodename}))

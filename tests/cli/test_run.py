@@ -18,6 +18,7 @@ from fastkd.cli import terminal
 from fastkd.cli.common import data_word, out_folder
 from fastkd.cli.run import again
 from fastkd.config import build
+from fastkd.engine import events
 from tests.cli.conftest import STUDENT, TINY, one_sentence, sets
 
 
@@ -137,6 +138,7 @@ def test_the_same_command_with_auto_starts_and_continues(cli, tmp_path: Path, at
     assert done.exit_code == 0 and "continued from" in done.stderr, done.stderr
 
 
+@pytest.mark.fault("T16")
 def test_what_is_safe_may_change_and_the_rest_may_not(cli, tmp_path: Path, at_poll) -> None:
     at_poll(6, stop)
     assert run(cli, tmp_path / "a", "--set", "poll=2").exit_code == 75
@@ -144,6 +146,8 @@ def test_what_is_safe_may_change_and_the_rest_may_not(cli, tmp_path: Path, at_po
         done = cli("run", "--resume", "--out", tmp_path / "a", *words)
         assert done.exit_code == 2 and named in one_sentence(done.stderr), done.stderr
     assert cli("run", "--resume", "--out", tmp_path / "a", "--set", "checkpoint.keep=1", "--set", "poll=5").exit_code == 0
+    told = [(e["key"], e["was"], e["now"]) for e in events.read(tmp_path / "a" / "events.jsonl") if e["kind"] == "changed"]
+    assert told == [("checkpoint.keep", 2, 1), ("poll", 2, 5)]
 
 
 def test_code_is_not_run_again_unless_it_is_typed_again(cli, tmp_path: Path, at_poll) -> None:
@@ -173,6 +177,7 @@ def test_word_of_the_data_in_the_folder_name(data: str | None, word: str) -> Non
     assert data_word(data) == word
 
 
+@pytest.mark.fault("T19")
 def test_folders_number_themselves_and_stay_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert out_folder("muse-digits") == Path("runs/muse-digits-001")

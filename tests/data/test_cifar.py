@@ -114,6 +114,7 @@ class HostileBuiltin(Hostile):
         return eval, (f"open({str(self.marker)!r}, 'w')",)
 
 
+@pytest.mark.fault("T18")
 @pytest.mark.parametrize("kind", [Hostile, HostileBuiltin])
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_hostile_pickle_runs_nothing(tmp_path, protocol, kind):
@@ -124,6 +125,7 @@ def test_hostile_pickle_runs_nothing(tmp_path, protocol, kind):
     assert not marker.exists()
 
 
+@pytest.mark.fault("T18")
 def test_hostile_pickle_by_the_old_instruction(tmp_path):
     marker = tmp_path / "marker"
     (tmp_path / "test_batch").write_bytes(f"(S'touch {marker}'\nios\nsystem\n.".encode())
@@ -131,6 +133,7 @@ def test_hostile_pickle_by_the_old_instruction(tmp_path):
     assert not marker.exists()
 
 
+@pytest.mark.fault("T18")
 @pytest.mark.parametrize(
     "content",
     [
@@ -154,6 +157,7 @@ def test_damaged_or_hostile_pickles_are_one_sentence_and_little_memory(tmp_path,
     tracemalloc.stop()
 
 
+@pytest.mark.fault("T18")
 def test_arrays_of_objects_and_lying_shapes_are_refused(tmp_path):
     objects = np.empty((1, 3072), object)
     objects[:] = 1

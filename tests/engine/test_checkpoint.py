@@ -8,9 +8,12 @@ import os
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastkd.engine import checkpoint
 from fastkd.errors import CheckpointError
+from fastkd.files import write_file
 
 
 def write(folder, number, keep=3, value=1.0):
@@ -30,6 +33,34 @@ def test_round_trip(tmp_path):
     assert not list(tmp_path.glob(".tmp*"))
 
 
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda s: s != "__metadata__")
+DTYPES = st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
+NUMBERS = st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tensors=st.dictionaries(NAMES, st.tuples(st.lists(st.integers(0, 3), max_size=3), DTYPES), max_size=5),
+    numbers=st.dictionaries(NAMES, NUMBERS, max_size=5),
+    about=st.dictionaries(st.text(min_size=1, max_size=6).map("x".__add__), NUMBERS | st.text(st.characters(exclude_categories=["Cs"]))),
+    position=st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)),
+    number=st.integers(0, 10**9),
+)
+def test_any_state_comes_back_as_it_was_written(tmp_path_factory, tensors, numbers, about, position, number):
+    """Names, shapes, dtypes and bits of tensors, host numbers, and what the manifest says of them."""
+    folder = tmp_path_factory.mktemp("round")
+    made = {name: (torch.randn(shape) * 100).to(dtype) for name, (shape, dtype) in tensors.items()}
+    path = checkpoint.write(folder, number, position, made, numbers, {"w": torch.ones(1)}, {"note": "ü"}, about, keep=1)
+    said: list[str] = []
+    saved = checkpoint.newest(folder, said)
+    assert not said and saved.path == path and saved.position == position and saved.manifest["step"] == number
+    assert saved.numbers == numbers and {k: saved.manifest[k] for k in about} == about
+    assert saved.tensors.keys() == made.keys()
+    for name, t in made.items():
+        back = saved.tensors[name]
+        assert back.dtype == t.dtype and back.shape == t.shape and torch.equal(back, t)
+
+
 def test_the_newest_are_kept_by_step(tmp_path):
     for n in (5, 100, 20, 7):
         write(tmp_path, n, keep=2)
@@ -39,6 +70,7 @@ def test_the_newest_are_kept_by_step(tmp_path):
 FILES = ["state.safetensors", "state.json", "student.safetensors", "manifest.json"]
 
 
+@pytest.mark.fault("T9")
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
 def test_a_truncated_file_is_noticed_and_the_older_checkpoint_taken(tmp_path, name, share):
@@ -52,6 +84,7 @@ def test_a_truncated_file_is_noticed_and_the_older_checkpoint_taken(tmp_path, na
     assert (tmp_path / "damaged-step-00000002").is_dir()
 
 
+@pytest.mark.fault("T10")
 @pytest.mark.parametrize("name", FILES)
 def test_one_flipped_bit_is_noticed(tmp_path, name):
     write(tmp_path, 1)
@@ -62,6 +95,7 @@ def test_one_flipped_bit_is_noticed(tmp_path, name):
     assert checkpoint.newest(tmp_path, []).path.name == "step-00000001"
 
 
+@pytest.mark.fault("T11")
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_file_is_noticed(tmp_path, name):
     write(tmp_path, 1)
@@ -70,6 +104,7 @@ def test_a_missing_file_is_noticed(tmp_path, name):
     assert checkpoint.newest(tmp_path, said).path.name == "step-00000001" and f"{name} is missing" in said[0]
 
 
+@pytest.mark.fault("T11", "T12")
 def test_nothing_there_is_none_and_nothing_good_is_an_error(tmp_path):
     assert checkpoint.newest(tmp_path / "absent", []) is None
     (tmp_path / ".tmp-step-00000009-1").mkdir()
@@ -80,6 +115,29 @@ def test_nothing_there_is_none_and_nothing_good_is_an_error(tmp_path):
         checkpoint.newest(tmp_path, [])
 
 
+@pytest.mark.fault("T3")
+def test_a_checkpoint_that_made_room_for_one_that_never_came_is_put_back(tmp_path):
+    os.rename(write(tmp_path, 7, value=5.0), tmp_path / f"step-00000007{checkpoint.REPLACED}")  # died between two renames
+    saved = checkpoint.newest(tmp_path, [])
+    assert saved.path.name == "step-00000007" and saved.tensors["student.w"][0] == 5
+    write(tmp_path, 7, keep=1, value=6.0)
+    assert sorted(os.listdir(tmp_path)) == ["LATEST", "step-00000007"]
+    assert checkpoint.newest(tmp_path, []).tensors["student.w"][0] == 6
+
+
+@pytest.mark.fault("T33")
+def test_what_dead_saves_left_behind_goes_before_the_next_is_written(tmp_path, monkeypatch):
+    for n in (1, 2, 3, 4):
+        write(tmp_path, n, keep=4)
+    (tmp_path / f".tmp-step-00000005-{os.getpid()}").mkdir()  # of a process of the same number, as containers have them
+    seen = []
+    monkeypatch.setattr(checkpoint, "write_file", lambda path, data: seen.append(sorted(os.listdir(tmp_path))) or write_file(path, data))
+    write(tmp_path, 5, keep=2)
+    assert seen[0] == [f".tmp-step-00000005-{os.getpid()}", "LATEST", "step-00000003", "step-00000004"]
+    assert [p.name for p in checkpoint.listed(tmp_path)] == ["step-00000005", "step-00000004"]
+
+
+@pytest.mark.fault("T13")
 def test_a_failed_write_leaves_the_older_one_whole(tmp_path, monkeypatch):
     write(tmp_path, 1)
     real = os.fsync

@@ -30,12 +30,23 @@ def test_events_hold_every_epoch_once_also_after_a_resume(tmp_path):
     assert curve[-1]["step"] == curve[-1]["steps"] and set(curve[-1]["seconds"]) >= {"synthesis", "distillation", "memory", "evaluation"}
 
 
+@pytest.mark.fault("T31")
 def test_a_torn_line_of_the_log_is_skipped(tmp_path):
     path = tmp_path / "events.jsonl"
     path.write_text('{"kind": "epoch", "epoch": 0}\n[1]\n{"kind": "epoch", "epoch": 1}\n{"kind": "epo')
     assert [e["epoch"] for e in events.curve(path)] == [0, 1]
 
 
+@pytest.mark.fault("T31")
+def test_the_event_after_a_torn_line_is_not_lost_with_it(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"kind": "epoch", "epoch": 0}\n{"kind": "epo')
+    for epoch in (1, 2):
+        events.Events(tmp_path).write("epoch", epoch=epoch)
+    assert [e["epoch"] for e in events.curve(path)] == [0, 1, 2] and path.read_text().count("\n") == 4
+
+
+@pytest.mark.fault("T9")
 def test_a_damaged_checkpoint_costs_only_its_steps(tmp_path):
     whole = small.prepared("fast")
     small.run(whole)
@@ -48,6 +59,7 @@ def test_a_damaged_checkpoint_costs_only_its_steps(tmp_path):
     assert any("damaged" in e["text"] for e in events.read(tmp_path / "events.jsonl") if e["kind"] == "warning")
 
 
+@pytest.mark.fault("T12")
 def test_where_all_checkpoints_are_damaged_a_run_starts_anew_only_when_it_may(tmp_path):
     whole = small.prepared("fast")
     small.run(whole)
@@ -65,6 +77,7 @@ def test_where_all_checkpoints_are_damaged_a_run_starts_anew_only_when_it_may(tm
     assert any("starts anew" in e["text"] for e in events.read(tmp_path / "events.jsonl") if e["kind"] == "warning")
 
 
+@pytest.mark.fault("T16")
 def test_another_configuration_is_refused_by_name(tmp_path):
     small.run(small.prepared("fast"), tmp_path, max_steps=3, about={"config": "a", "teacher": "1"})
     with pytest.raises(ConfigError, match="another teacher: it was 1, now 2"):
@@ -77,6 +90,7 @@ def test_a_checkpoint_of_another_method_does_not_fit(tmp_path):
         small.run(small.prepared("noise"), tmp_path, resume=True)
 
 
+@pytest.mark.fault("T13")
 def test_failing_saves_do_not_end_a_run_until_the_third(tmp_path, monkeypatch):
     def full(*args, **kw):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -90,6 +104,7 @@ def test_failing_saves_do_not_end_a_run_until_the_third(tmp_path, monkeypatch):
     assert len(warned) == 3 and checkpoint.newest(tmp_path / "checkpoints", []).manifest["step"] == 2
 
 
+@pytest.mark.fault("T4")
 def test_a_stop_signal_saves_and_leaves_with_75(tmp_path):
     method = small.prepared("fast")
     with watched() as stop:
@@ -99,6 +114,7 @@ def test_a_stop_signal_saves_and_leaves_with_75(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.fault("T4")
 def test_a_stop_in_the_last_steps_of_an_epoch_does_not_wait_for_the_evaluation(tmp_path):
     whole = small.prepared("fast")
     small.run(whole)
@@ -112,6 +128,7 @@ def test_a_stop_in_the_last_steps_of_an_epoch_does_not_wait_for_the_evaluation(t
     assert all(torch.equal(a, b) for a, b in zip(whole.student.parameters(), method.student.parameters(), strict=True))
 
 
+@pytest.mark.fault("T13")
 def test_a_stop_that_could_save_nothing_does_not_say_75(tmp_path, monkeypatch):
     def full(*args, **kw):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -131,6 +148,7 @@ def test_the_heartbeat_leaves_what_another_rank_has_said(tmp_path):
     assert events.final(tmp_path)["code"] == 7
 
 
+@pytest.mark.fault("T22")
 def test_a_method_that_stops_being_finite_ends_with_a_sentence():
     method = small.prepared("noise")
     with torch.no_grad():
@@ -139,13 +157,15 @@ def test_a_method_that_stops_being_finite_ends_with_a_sentence():
         small.run(method)
 
 
-def test_a_non_finite_step_changes_nothing():
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.fault("T22", "T23")
+def test_a_non_finite_step_changes_nothing(value):
     method = small.prepared("noise")
     w = torch.nn.Parameter(torch.ones(3))
     for opt in (method.adam([w], lr=0.1), method.sgd([w], lr=0.1)):
         method.minimise({"good": (w * 2).sum()}, opt)
         before, state = w.detach().clone(), [t.clone() for t in opt.state[w].values()]
-        method.minimise({"bad": (w * float("nan")).sum()}, opt)
+        method.minimise({"bad": (w * value).sum()}, opt)
         assert torch.equal(before, w) and all(torch.equal(a, b) for a, b in zip(state, opt.state[w].values(), strict=True))
         assert (w.grad == 0).all()
 
@@ -175,6 +195,7 @@ def test_folders(tmp_path):
         prepare(tmp_path, resume=False)
 
 
+@pytest.mark.fault("T8")
 def test_a_folder_has_one_owner_and_a_dead_one_is_replaced(tmp_path):
     with locked(tmp_path), pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"), locked(tmp_path):
         pass

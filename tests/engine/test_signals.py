@@ -38,6 +38,7 @@ def child(signals: list[tuple[int, float]], main: str) -> int:
     return subprocess.run([sys.executable, "-c", code], env=environment(), timeout=60, check=False).returncode
 
 
+@pytest.mark.fault("T5")
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_leaves_even_where_no_handler_can_run(second):
     assert child([(signal.SIGTERM, 1.3), (second, 0.0)], "stuck()") == 128 + second

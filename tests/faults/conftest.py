@@ -8,13 +8,16 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.cli.conftest import TINY, environment, sets
+from tests.cli.conftest import TINY, cli, environment, sets
+
+__all__ = ["cli"]
 
 PLANTED = Path(__file__).parent / "planted"
 
@@ -74,6 +77,17 @@ class Ranks:
         while self.alive(name) and time.monotonic() < end:
             time.sleep(0.2)
         assert not self.alive(name)
+
+
+@pytest.fixture
+def tries(record_property: Callable[[str, object], None]) -> Callable[[int, int], None]:
+    """Say, once, how many tries a test made and how many were survived; without it a case is one try."""
+
+    def say(made: int, survived: int) -> None:
+        record_property("tries", made)
+        record_property("survived", survived)
+
+    return say
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
-"""Ranks that die, are stopped, or are not alike, checkpoints that are gone: T1, T2, T4, T5, T6, T12, T24, T27 of the fault table, on two
-CPU ranks."""
+"""Ranks that die, are stopped, or are not alike, checkpoints that are gone: T1 to T6, T12, T24, T26, T27 of the fault table, on two CPU
+ranks."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ STEP = 13
 """In the middle of the second of three epochs."""
 
 
+@pytest.mark.fault("T1")
 def test_a_killed_rank_is_started_again_and_nothing_is_lost(ranks, undisturbed):
     done = ranks.run("killed", "--max-restarts", 2, plant={"rank": 1, "step": STEP, "do": "kill"})
     assert done.returncode == 0, done.stderr
@@ -25,6 +26,18 @@ def test_a_killed_rank_is_started_again_and_nothing_is_lost(ranks, undisturbed):
     ranks.nobody_is_left("killed", 5)
 
 
+@pytest.mark.fault("T1", "T3")
+@pytest.mark.parametrize(("rank", "at", "step"), [(1, "evaluation", 2), (0, "half-write", 6), (0, "rename", 2), (0, "latest", 2)])
+def test_a_rank_that_dies_at_an_awkward_moment_is_started_again(ranks, undisturbed, rank, at, step):
+    """`test_moments` has all moments, without the launcher."""
+    name = f"killed-{at}"
+    done = ranks.run(name, plant={"rank": rank, "at": at, "step": step, "do": "kill"})
+    assert done.returncode == 0, done.stderr
+    assert ranks.attempts(name) == 2 and ranks.student(name) == ranks.student(undisturbed)
+    ranks.nobody_is_left(name, 5)
+
+
+@pytest.mark.fault("T2")
 def test_without_restarts_the_first_failure_is_named_and_resume_goes_on(ranks, undisturbed):
     done = ranks.run("no-restart", "--max-restarts", 0, plant={"rank": 1, "step": STEP, "do": "kill"})
     assert done.returncode == 1, done.stderr
@@ -35,6 +48,7 @@ def test_without_restarts_the_first_failure_is_named_and_resume_goes_on(ranks, u
     assert ranks.student("no-restart") == ranks.student(undisturbed)
 
 
+@pytest.mark.fault("T4")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP], ids=lambda s: s.name)
 def test_a_signal_to_the_launcher_saves_and_leaves_with_75(ranks, undisturbed, number):
     name = number.name
@@ -47,6 +61,7 @@ def test_a_signal_to_the_launcher_saves_and_leaves_with_75(ranks, undisturbed, n
     assert ranks.student(name) == ranks.student(undisturbed)
 
 
+@pytest.mark.fault("T5")
 def test_a_second_signal_leaves_at_once_and_what_was_saved_is_whole(ranks, undisturbed):
     plant = {"rank": 0, "step": STEP, "do": "signal-launcher-twice", "value": int(signal.SIGTERM)}
     done = ranks.run("twice", plant=plant)  # rank 0 would sleep for ten minutes, rank 1 wait for it
@@ -58,6 +73,20 @@ def test_a_second_signal_leaves_at_once_and_what_was_saved_is_whole(ranks, undis
     assert ranks.student("twice") == ranks.student(undisturbed)
 
 
+@pytest.mark.fault("T5")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_a_second_signal_to_a_single_process(ranks, number):
+    name = f"alone-{number.name}"
+    plant = {"rank": -1, "step": STEP, "do": "signal-twice", "value": int(number)}  # it would sleep for ten minutes
+    done = ranks.run(name, gpus=1, plant=plant)
+    assert done.returncode == 128 + number, done.stderr
+    said: list[str] = []
+    assert checkpoint.newest(ranks.parent / name / "checkpoints", said).manifest["step"] == 12 and not said
+    assert not list((ranks.parent / name).rglob("*.tmp*"))
+    assert ranks.run(name, "--resume", gpus=1).returncode == 0
+
+
+@pytest.mark.fault("T6")
 def test_a_killed_launcher_leaves_a_checkpoint_and_no_orphan(ranks, undisturbed):
     done = ranks.run("orphans", plant={"rank": 0, "step": STEP, "do": "kill-launcher"})
     assert done.returncode == -signal.SIGKILL
@@ -67,6 +96,7 @@ def test_a_killed_launcher_leaves_a_checkpoint_and_no_orphan(ranks, undisturbed)
     assert ranks.student("orphans") == ranks.student(undisturbed)
 
 
+@pytest.mark.fault("T26")
 def test_a_run_goes_on_with_another_number_of_ranks(ranks, undisturbed):
     done = ranks.run("fewer", plant={"rank": 0, "step": STEP, "do": "signal-launcher", "value": int(signal.SIGTERM)})
     assert done.returncode == 75, done.stderr
@@ -78,11 +108,13 @@ def test_a_run_goes_on_with_another_number_of_ranks(ranks, undisturbed):
     assert max(far.values()) < 1e-2 and any(torch.equal(one[k], two[k]) for k in one)
 
 
+@pytest.mark.fault("T4")
 def test_a_time_limit_is_a_stop(ranks, stopped):
     assert ranks.status(stopped)["state"] == "preempted" and ranks.attempts(stopped) == 1
     assert checkpoint.newest(ranks.parent / stopped / "checkpoints", []).manifest["step"] == 1
 
 
+@pytest.mark.fault("T12")
 def test_without_a_valid_checkpoint_resume_refuses_and_auto_starts_anew(ranks, stopped, undisturbed):
     for name in (ranks.copy(stopped, "must"), ranks.copy(stopped, "auto")):
         for path in checkpoint.listed(ranks.parent / name / "checkpoints"):
@@ -110,6 +142,7 @@ def teacher():
 """
 
 
+@pytest.mark.fault("T27")
 def test_ranks_with_different_teachers_are_refused_before_the_first_step(ranks):
     (ranks.parent / "teacher.py").write_text(TEACHER)
     weights = ranks.parent / "teacher.safetensors"
@@ -122,6 +155,7 @@ def test_ranks_with_different_teachers_are_refused_before_the_first_step(ranks):
     assert ranks.attempts("unlike") == 1 and not (ranks.parent / "unlike" / "checkpoints").exists()
 
 
+@pytest.mark.fault("T24")
 def test_one_rank_without_memory_ends_the_run_once_with_its_code(ranks):
     done = ranks.run("memory", plant={"rank": 1, "step": STEP, "do": "no-memory"})
     assert done.returncode == 7, done.stderr

@@ -45,6 +45,7 @@ def refused(path: Path, *words: str) -> str:
     return text
 
 
+@pytest.mark.fault("T17")
 def test_missing_directory_empty(tmp_path):
     refused(tmp_path / "none.pth", "there is no file", "expected a state dict")
     refused(tmp_path, "is a directory")
@@ -54,6 +55,7 @@ def test_missing_directory_empty(tmp_path):
     refused(tmp_path / "empty.pth", "is empty")
 
 
+@pytest.mark.fault("T17")
 @pytest.mark.parametrize("text", ["<!DOCTYPE html><html>", "\n  <html><body>404</body></html>", "<?xml version='1.0'?>"])
 @pytest.mark.parametrize("name", ["net.pth", "net.safetensors"])
 def test_a_web_page(tmp_path, text, name):
@@ -76,6 +78,7 @@ def test_other_things_under_the_name(tmp_path):
     refused(file, "TorchScript program")
 
 
+@pytest.mark.fault("T17")
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("keep", [0.02, 0.5, 0.98])
 def test_truncated_torch_file(tmp_path, zipped, keep):
@@ -85,6 +88,7 @@ def test_truncated_torch_file(tmp_path, zipped, keep):
     refused(file, "cut")
 
 
+@pytest.mark.fault("T17")
 @pytest.mark.parametrize("keep", [4, 12, 200, 5000])
 def test_truncated_safetensors(tmp_path, keep):
     file = tmp_path / "net.safetensors"
@@ -93,6 +97,7 @@ def test_truncated_safetensors(tmp_path, keep):
     refused(file)
 
 
+@pytest.mark.fault("T18")
 @pytest.mark.parametrize("protocol", [0, 1, 2, 4])
 def test_raw_pickle_is_not_run(tmp_path, protocol):
     file, mark = tmp_path / "net.pth", tmp_path / MARK
@@ -101,6 +106,7 @@ def test_raw_pickle_is_not_run(tmp_path, protocol):
     assert not mark.exists()
 
 
+@pytest.mark.fault("T18")
 @pytest.mark.parametrize("zipped", [True, False])
 def test_torch_pickle_is_not_run(tmp_path, zipped):
     file, mark = tmp_path / "net.pth", tmp_path / MARK
@@ -109,6 +115,7 @@ def test_torch_pickle_is_not_run(tmp_path, zipped):
     assert not mark.exists()
 
 
+@pytest.mark.fault("T18")
 def test_nested_load_from_bytes_is_not_run(tmp_path):
     """A pickle inside the bytes of another, opened by torch's own helper."""
     file, mark = tmp_path / "net.pth", tmp_path / MARK
@@ -129,6 +136,7 @@ def test_a_pickled_network_is_named(tmp_path):
     refused(file, "torch.nn.modules", "save `model.state_dict()`")
 
 
+@pytest.mark.fault("T18")
 def test_safetensors_that_lie(tmp_path):
     file = tmp_path / "net.safetensors"
 
@@ -146,6 +154,7 @@ def test_safetensors_that_lie(tmp_path):
     refused(file, "damaged safetensors")
 
 
+@pytest.mark.fault("T18")
 def test_archives_that_grow_are_refused(tmp_path):
     file = tmp_path / "net.pth"
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as z:
@@ -154,6 +163,7 @@ def test_archives_that_grow_are_refused(tmp_path):
     refused(file, "would unpack to")
 
 
+@pytest.mark.fault("T18")
 def test_hostile_files_take_no_memory(tmp_path):
     """All of them in one process: the peak stays within 200 MB of what the import took."""
     header = struct.pack("<Q", 1 << 40) + b"{}"
