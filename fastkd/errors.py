@@ -42,7 +42,19 @@ class NumericalError(FastkdError):
     exit_code = 6
 
 
-OUT_OF_MEMORY = 7
+class NoMemoryError(FastkdError):
+    """Memory ran out, and backing off did not help."""
+
+    exit_code = 7
+
+
+class StartAgain(FastkdError):
+    """A rank cannot go on alone: all must start again from the last checkpoint. For a launcher it is a crash."""
+
+    exit_code = 1
+
+
+OUT_OF_MEMORY = NoMemoryError.exit_code
 
 
 def no_memory(e: BaseException) -> bool:

@@ -13,7 +13,7 @@ import inspect
 import math
 import typing
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -66,6 +66,20 @@ class Augment:
 
 
 @dataclass
+class Pace:
+    """How the engine has steps done; state of the run.
+
+    Attributes:
+      parts: micro-batches of a step that can be split (`minimise_parts`); raised when memory runs out.
+      rate: factor of every learning rate; lowered when a run is rolled back. rolled_back: whether it was.
+    """
+
+    parts: int = 1
+    rate: float = 1.0
+    rolled_back: bool = False
+
+
+@dataclass
 class Given:
     """What `assemble` hands to a method before `build`.
 
@@ -76,6 +90,7 @@ class Given:
       embeddings: [C, d_e] label-text embeddings, or None. real: a data set, or None.
       seed: root seed. rng, log: the run's own.
       augmentation: what the images allow. device: where everything lives. places: where the images of its stores live; None: there, too.
+      pace: see `Pace`.
     """
 
     teacher: Teacher | None
@@ -92,6 +107,7 @@ class Given:
     real: Any = None
     augmentation: Augment = Augment()
     places: Places | None = None
+    pace: Pace = field(default_factory=Pace)
 
 
 GIVEN = tuple(f.name for f in dataclasses.fields(Given))
@@ -132,7 +148,10 @@ class Method:
     real: Any
     augmentation: Augment
     places: Places | None
+    pace: Pace
     _touched: list[Tensor]
+    _bad: Tensor
+    _rows: int
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -160,6 +179,8 @@ class Method:
         for name in GIVEN:
             object.__setattr__(self, name, getattr(given, name))
         object.__setattr__(self, "_touched", [])
+        object.__setattr__(self, "_rows", 0)
+        object.__setattr__(self, "_bad", torch.zeros((), device=given.device, dtype=torch.float32))
         object.__setattr__(self, "_life", "building")
 
     def seal(self) -> None:
@@ -250,7 +271,10 @@ class Method:
     adam = staticmethod(optim.adam)
     sgd = staticmethod(optim.sgd)
     reset = staticmethod(optim.reset)
-    set_lr = staticmethod(optim.set_lr)
+
+    def set_lr(self, opt: torch.optim.Optimizer, *values: float) -> None:
+        """Write the learning rate of each group (one value: of all groups) into its tensor, times the run's `pace.rate`."""
+        optim.set_lr(opt, *(v * self.pace.rate for v in values))
 
     # One update -----------------------------------------------------------------------------------------------------
 
@@ -267,15 +291,62 @@ class Method:
           [] the total of the global batch, equal on all ranks, detached.
         """
         params = optim.parameters(*opts)
-        total = torch.stack([t.reshape(()) for t in terms.values()]).sum()
+        values, grads = self._valued(terms, params)
+        return self._update(list(terms), values, params, grads, opts, clip)
+
+    def minimise_parts(
+        self, terms: Callable[[slice], dict[str, Tensor]], rows: int, *opts: torch.optim.Optimizer, clip: float = 0.0
+    ) -> Tensor:
+        """As `minimise`, of terms that are means over samples: where memory is short they are taken in micro-batches and added up.
+
+        One part is all rows, and then this is `minimise`. In more parts the gradient is the same to rounding, but for what couples
+        samples inside the networks: BatchNorm in training sees a part (of all ranks) at a time. Terms that couple samples
+        themselves (balance, contrast, a hinge over the batch) belong into `minimise`.
+
+        Args:
+          terms: called with the slice of this rank's rows that a part holds; name → [] tensor, each a mean over those rows.
+          rows: how many rows this rank has.
+        Returns:
+          [] the total of the global batch, equal on all ranks, detached.
+        """
+        params = optim.parameters(*opts)
+        object.__setattr__(self, "_rows", rows)
+        names: list[str] = []
+        values, grads = torch.zeros(()), list[Tensor]()
+        for part in _cut(rows, self.pace.parts):
+            found = terms(part)
+            share = 1.0 if part == slice(0, rows) else (part.stop - part.start) / rows
+            v, g = self._valued(found, params, share)
+            names, values = list(found), v if not grads else values + v
+            if grads:
+                torch._foreach_add_(grads, g)
+            else:
+                grads = g
+        return self._update(names, values, params, grads, opts, clip)
+
+    def _valued(self, terms: dict[str, Tensor], params: list[Tensor], share: float = 1.0) -> tuple[Tensor, list[Tensor]]:
+        """This rank's term values [n] and gradients of their sum, times `share`."""
+        scaled = list(terms.values()) if share == 1.0 else [share * t for t in terms.values()]
+        total = torch.stack([t.reshape(()) for t in scaled]).sum()
         grads = self._grads(total, params)
-        values = torch.stack([t.detach().reshape(()).to(total.dtype) for t in terms.values()])
+        return torch.stack([t.detach().reshape(()).to(total.dtype) for t in scaled]), grads
+
+    def _update(
+        self,
+        names: list[str],
+        values: Tensor,
+        params: list[Tensor],
+        grads: list[Tensor],
+        opts: tuple[torch.optim.Optimizer, ...],
+        clip: float,
+    ) -> Tensor:
+        """Reduce over ranks, clip, step, log; returns the global total."""
         values, finite = self._reduce(values, params, grads)
         if clip:
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
             torch._foreach_mul_(grads, torch.clamp(clip / (norm + 1e-6), max=1.0))
         self._step(opts, params, grads, finite)
-        self.log.add(**dict(zip(terms, values, strict=True)))
+        self.log.add(**dict(zip(names, values, strict=True)))
         return values.sum()
 
     def apply(self, opt: torch.optim.Optimizer, grads: list[Tensor]) -> None:
@@ -328,13 +399,29 @@ class Method:
         for p in params:
             p.grad = torch.where(finite, p.grad, torch.zeros_like(p.grad))  # type: ignore[arg-type]
         self._touched.extend(params)
+        self._bad.copy_(torch.maximum(self._bad, skip))
         self.log.add(skipped=skip)
+
+    def updated(self) -> bool:
+        """Whether the running step has updated anything yet."""
+        return bool(self._touched)
+
+    def rows_to_split(self) -> int:
+        """How many rows of this rank the running step can take in parts; 0 where it cannot, or has not come so far."""
+        return self._rows
+
+    def not_finite(self) -> Tensor:
+        """[] 1 where an update of the running step was skipped because it was not finite, else 0; on the device, the same on all ranks."""
+        return self._bad
 
     def step_ends(self) -> None:
         """Called by the engine after each step: gradients do not outlive it."""
         for p in self._touched:
             p.grad = None
+        if self._touched:
+            self._bad.zero_()
         self._touched.clear()
+        object.__setattr__(self, "_rows", 0)
 
     def tell(self, **values: Tensor) -> None:
         """Log [] values without optimising them; their mean over ranks is what is logged."""
@@ -431,6 +518,12 @@ def steps(method: Method, epoch: int) -> Iterator[tuple[int, Callable[..., Any],
         name = fn.__name__
         yield i, fn, tuple(args), seen.setdefault(name, 0)
         seen[name] += 1
+
+
+def _cut(rows: int, parts: int) -> list[slice]:
+    """`rows` in at most `parts` pieces of equal size, the last perhaps smaller."""
+    size = max(1, math.ceil(rows / parts))
+    return [slice(at, min(at + size, rows)) for at in range(0, rows, size)]
 
 
 def _own_rows(p: Tensor) -> bool:

@@ -131,9 +131,13 @@ def _logits(net: nn.Module, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def without_data(method: Method, n: int = 512) -> dict[str, float]:
-    """On the newest synthetic images: share on which student and teacher agree, the teacher's mean confidence, and its
-    class balance (entropy of its named classes over log C, 1 = even). Empty where a method has made no image yet."""
+def health(method: Method, n: int) -> dict[str, Tensor]:
+    """[] values on the device over up to `n` of the newest synthetic images; empty where there are none yet. A collective.
+
+    agreement: share on which student and teacher name the same class. confidence: mean of the teacher's largest probability. balance:
+    entropy of the classes that the teacher names over the log of how many could be named, 1 = even. distance: root mean square
+    difference of two different images in the teacher's normalised units, where photographs have about 1.
+    """
     x = method.sample(n)
     if x is None or not len(x):
         return {}
@@ -142,8 +146,11 @@ def without_data(method: Method, n: int = 512) -> dict[str, float]:
         student = method.student(x)
     named = teacher.argmax(1).flatten()  # of images, or of the pixels of dense predictions
     share = torch.bincount(named, minlength=method.classes).to(teacher.dtype) / len(named)
-    entropy = -(share * share.clamp_min(1e-12).log()).sum() / torch.log(torch.tensor(float(method.classes)))
+    entropy = -(share * share.clamp_min(1e-12).log()).sum() / torch.log(torch.tensor(float(max(2, min(method.classes, len(named))))))
     same = (teacher.argmax(1) == student.argmax(1)).to(teacher.dtype).mean()
-    confidence = F.softmax(teacher, 1).amax(1).mean()
-    names = ("agreement", "confidence", "balance")
-    return dict(zip(names, torch.stack([same, confidence, entropy.to(same)]).tolist(), strict=True))
+    return {
+        "agreement": same,
+        "confidence": F.softmax(teacher, 1).amax(1).mean(),
+        "balance": entropy.to(same),
+        "distance": (2 * x.var(0, unbiased=len(x) > 1).mean()).sqrt().to(same),
+    }

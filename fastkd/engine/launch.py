@@ -110,6 +110,11 @@ def elastic() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def restarts_left() -> bool:
+    """Whether an elastic launcher would start all ranks again after this one has failed."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def time_left(limit: float | None) -> float | None:
     """What is left of a time limit in seconds: under our launcher it counts from the launcher's start, over all restarts."""
     if limit is None or OURS not in os.environ:

@@ -14,10 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastkd import ranks
-from fastkd.engine import checkpoint, evaluation, state
+from fastkd.engine import checkpoint, evaluation, heartbeat, state
 from fastkd.engine.clock import Clock
 from fastkd.engine.events import Events
 from fastkd.engine.folder import why
+from fastkd.engine.guards import GoBack, Guards, Position
 from fastkd.engine.signals import Stop
 from fastkd.errors import CheckpointError, ConfigError, NumericalError
 from fastkd.files import tensor_bytes, write_atomic
@@ -26,6 +27,8 @@ from fastkd.method import Given, Method, steps
 from fastkd.nn import globalise
 
 DONE, PREEMPTED = 0, 75
+HEALTH_IMAGES, SCORE_IMAGES = 128, 512
+"""Newest synthetic images that are looked at after an epoch: for their health alone, and where that stands for an accuracy."""
 SKIPS_ALLOWED = 0.5
 """Share of non-finite steps in an interval above which a run gives up."""
 
@@ -100,29 +103,45 @@ def run(
       NumericalError: most steps of an interval were not finite.
       CheckpointError: nothing there can be resumed, or three saves failed in a row.
     """
-    saver = _Saver(method, settings, events, out)
-    (at_epoch, at_step), done = _resume(method, settings, events, out, anew) if resume and out else ((0, 0), 0)
-    total = done + sum(1 for e in range(at_epoch, method.epochs) for i, *_ in steps(method, e) if (e, i) >= (at_epoch, at_step))
+    saver, guards = _Saver(method, settings, events, out), Guards(method, events, out)
+    at, done = _resume(method, settings, events, out, anew) if resume and out else ((0, 0), 0)
+    with heartbeat.beating(out) as beat:
+        while True:
+            try:
+                return _walk(method, settings, events, saver, guards, beat, stop, at, done)
+            except GoBack as back:
+                at, done = _go_back(method, settings, events, saver, guards, back)
+
+
+def _walk(
+    method: Method,
+    settings: Settings,
+    events: Events,
+    saver: _Saver,
+    guards: Guards,
+    beat: heartbeat.Beat,
+    stop: Stop | None,
+    begin: tuple[int, int],
+    done: int,
+) -> int:
+    """From a position to the end, or to a stop; the exit code."""
+    total = done + sum(1 for e in range(begin[0], method.epochs) for i, *_ in steps(method, e) if (e, i) >= begin)
     clock, began, begun_at, images = Clock(method.device), time.monotonic(), done, 0
     cast = autocast(method.device, settings.precision)
 
-    def asked() -> bool:
-        return bool(ranks.max(torch.tensor(float(bool(stop)))).item())
-
-    for epoch in range(at_epoch, method.epochs):
+    for epoch in range(begin[0], method.epochs):
         epoch_began, walked = time.monotonic(), 0
         for i, fn, args, occurrence in steps(method, epoch):
-            walked = i + 1
-            if (epoch, i) < (at_epoch, at_step):
+            walked, stopping, looked = i + 1, False, False
+            if (epoch, i) < begin:
                 continue
-            method.rng.at(settings.seed, epoch, fn.__name__, occurrence)
-            method.log.prefix = fn.__name__
+            beat.now(fn.phase, fn.__name__, epoch, done)  # type: ignore[attr-defined]
             with clock(fn.phase), cast():  # type: ignore[attr-defined]
-                fn(*args)
+                guards.step(Position(settings.seed, epoch, done, fn, args, occurrence))
             method.step_ends()
             done, images = done + 1, images + (0 if fn.eager else method.images_of(fn.phase))  # type: ignore[attr-defined]
             if done % settings.poll == 0:
-                stopping = asked()
+                stopping, looked = guards.look(bool(stop)), True
                 elapsed = max(1e-9, time.monotonic() - began)
                 events.tell(
                     "poll",
@@ -135,18 +154,20 @@ def run(
                     steps_per_second=(done - begun_at) / elapsed,
                     images_per_second=images / elapsed,
                 )
-            else:
-                stopping = False
             stopping |= settings.max_steps is not None and done - begun_at >= settings.max_steps
-            if stopping:
-                return saver.stop((epoch, walked), done)
-            if saver.due(done):
+            if stopping or saver.due(done):
+                if not looked:  # a step that is not finite is not saved
+                    guards.look(False)
+                beat.now("checkpoint", "save", epoch, done)
+                if stopping:
+                    return saver.stop((epoch, walked), done)
                 saver.save((epoch, walked), done)
-        if asked():  # before the evaluation, which may take longer than a stop signal allows
+        beat.now("evaluation", "evaluate", epoch, done)
+        if guards.look(bool(stop)):  # before the evaluation, which may take longer than a stop signal allows
             return saver.stop((epoch, walked), done)
         method.rng.at(settings.seed, epoch, "evaluate", 0)
         with clock("evaluation"):
-            scores = _evaluate(method, settings)
+            scores, health = _evaluate(method, settings)
         terms = method.log.read()
         _refuse_non_finite(terms)
         method.log.clear()
@@ -158,14 +179,44 @@ def run(
             trained=method.trains_student(epoch),
             terms=terms,
             **scores,
+            health=health,
             seconds=clock.flush(),
             wall=round(time.monotonic() - epoch_began, 4),
         )
+        guards.collapse.judge(health, trained=method.trains_student(epoch))
         saver.best(scores)
-        if asked() and epoch + 1 < method.epochs:
+        if guards.look(bool(stop)) and epoch + 1 < method.epochs:
             return saver.stop((epoch + 1, 0), done)
+    beat.now("checkpoint", "save", method.epochs, done)
     saver.save((method.epochs, 0), done)
     return DONE
+
+
+def _go_back(
+    method: Method, settings: Settings, events: Events, saver: _Saver, guards: Guards, back: GoBack
+) -> tuple[tuple[int, int], int]:
+    """Restore the newest checkpoint for a guard; where the run goes on from.
+
+    Raises:
+      what the guard wants raised where there is no checkpoint.
+    """
+    method.step_ends()
+    method.log.clear()
+    out = saver.out
+    if out is None or not any_rank(bool(checkpoint.listed(out / "checkpoints"))):
+        raise back.otherwise
+    slower = f", with learning rates times {back.rate:g}" if back.rate != 1.0 else ""
+    events.write("warning", guard="back", text=f"{back}; back to the last checkpoint{slower}")
+    at, done = _resume(method, settings, events, out, anew=False)
+    guards.went_back(back.rate)
+    if back.rate != 1.0:
+        saver.save(at, done)  # a run that is killed now must not forget it
+    return at, done
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether it holds on a rank; a collective."""
+    return bool(ranks.max(torch.tensor(float(flag))).item())
 
 
 def autocast(device: torch.device, precision: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
@@ -175,11 +226,14 @@ def autocast(device: torch.device, precision: str) -> Callable[[], contextlib.Ab
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
 
 
-def _evaluate(method: Method, settings: Settings) -> dict[str, float]:
+def _evaluate(method: Method, settings: Settings) -> tuple[dict[str, float], dict[str, float]]:
+    """Scores of the student, and the health of the synthetic images; without evaluation data those are the scores."""
     with autocast(method.device, settings.precision)():
-        if settings.data is None:
-            return evaluation.without_data(method)
-        return evaluation.measure(method.student, settings.data, method.mean, method.std)
+        scores = evaluation.measure(method.student, settings.data, method.mean, method.std) if settings.data is not None else {}
+        found = evaluation.health(method, HEALTH_IMAGES if scores else SCORE_IMAGES)
+        read = torch.stack(list(found.values())).tolist() if found else []
+    health = dict(zip(found, read, strict=True))
+    return scores or {name: health[name] for name in ("agreement", "confidence", "balance") if health}, health
 
 
 def _refuse_non_finite(terms: dict[str, float]) -> None:

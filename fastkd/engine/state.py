@@ -17,7 +17,7 @@ from fastkd.memory.shard import deal
 from fastkd.method import GIVEN, Method
 from fastkd.rng import Rng
 
-KEPT_GIVEN = {"student", "log"}
+KEPT_GIVEN = {"student", "log", "pace"}
 """Of what `assemble` gives, only these change during a run."""
 CONSTANTS = (str, bytes, type(None), torch.device, torch.dtype, range, slice)
 

@@ -160,7 +160,11 @@ class Rounds(Novel):
 
     @step("distillation")
     def learn(self) -> None:
-        self.minimise(self.student_terms(self.fresh()), self.opt_s)
+        self.learn_from(self.fresh())
+
+    def learn_from(self, x: Tensor) -> None:
+        """A student step on images [b, C, H, W] as the networks see them."""
+        self.minimise_parts(lambda part: self.student_terms(x[part]), len(x), self.opt_s)
 
     def fresh(self) -> Tensor:
         """New images as the networks see them, without a gradient."""

@@ -113,7 +113,7 @@ class Prior(Game):
 
     def update(self, x: Tensor, old: Tensor | None) -> None:
         """One student step on novel images and, where there are any, replayed ones."""
-        self.minimise(self.student_terms(x if old is None else torch.cat([x, old])), self.opt_s)
+        self.learn_from(x if old is None else torch.cat([x, old]))
 
     def gap(self, teacher: Tensor, student: Tensor) -> Tensor:
         return losses.l1_logit(teacher, student)

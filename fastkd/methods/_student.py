@@ -97,10 +97,24 @@ class StudentPhase(Method):
     @step("distillation")
     def learn(self) -> None:
         rows = self.stores()[0].next(self.dealt)
-        x = self.view(rows, self.kd_aug, name="kd", scale=self.kd_scale)
-        with torch.no_grad():
-            t = self.teacher(x).logits
-        self.minimise(self.student_terms(x, t, rows), self.opt_s)
+        self.learn_from(self.view(rows, self.kd_aug, name="kd", scale=self.kd_scale), rows)
+
+    def learn_from(self, x: Tensor, rows: Rows) -> None:
+        """A student step on images [b, C, H, W] as the networks see them, which are those of `rows`."""
+
+        def terms(part: slice) -> dict[str, Tensor]:
+            with torch.no_grad():
+                t = self.teacher(x[part]).logits
+            return self.student_terms(x[part], t, Rows(rows.store, rows.index[part]))
+
+        if self.couples():
+            self.minimise(terms(slice(None)), self.opt_s)
+        else:
+            self.minimise_parts(terms, len(x), self.opt_s)
+
+    def couples(self) -> bool:
+        """Whether a term of L_S couples the samples of a batch, so that a student step cannot be taken in parts."""
+        return False
 
     @property
     def dealt(self) -> int:

@@ -280,9 +280,10 @@ class Muse(Nayer):
         x = self.view(rows, self.kd_aug, name="kd", scale=self.kd_scale)
         if self.kd_resolution == "nominal" and size != self.shape[-1]:
             x = F.interpolate(x, self.shape[1:], mode="bilinear", align_corners=False)
-        with torch.no_grad():
-            t = self.teacher(x).logits
-        self.minimise(self.student_terms(x, t, rows), self.opt_s)
+        self.learn_from(x, rows)
+
+    def couples(self) -> bool:
+        return bool(self.a_ed and self.r)  # the hinge stands over the mean of the batch
 
     def student_terms(self, x: Tensor, t: Tensor, rows: Rows) -> dict[str, Tensor]:
         if not self.a_ed:

@@ -127,10 +127,14 @@ class VanillaKd(StudentPhase):
         rows = self.pool.next(self.kd_batch)
         x = self.view(rows, self.kd_aug, name="kd", scale=self.kd_scale)
         ask = ("groups",) if self.attention else ()
-        with torch.no_grad():
-            t = Trace(self.answers[rows.index], None, None) if self.cache_logits else self.teacher(x, *ask)
-        s = self.student.trace(x, *ask) if self.attention else Trace(self.student(x), None, None)
-        self.minimise(self.terms(t, s, rows.column("label")), self.opt_s)
+
+        def terms(part: slice) -> dict[str, Tensor]:
+            with torch.no_grad():
+                t = Trace(self.answers[rows.index[part]], None, None) if self.cache_logits else self.teacher(x[part], *ask)
+            s = self.student.trace(x[part], *ask) if self.attention else Trace(self.student(x[part]), None, None)
+            return self.terms(t, s, rows.column("label")[part])
+
+        self.minimise_parts(terms, len(x), self.opt_s)
 
     def terms(self, t: Trace, s: Trace, y: Tensor) -> dict[str, Tensor]:
         """L of a batch; y: its labels [b]."""

@@ -68,13 +68,16 @@ class Teach(Method):
     @step("distillation")
     def learn(self) -> None:
         rows = self.images.next(self.batch)
-        if self.real.dense:
+        if self.real.dense:  # a mean over the pixels that have a label: not that of its parts
             x, y = self.crops(rows.index)
-            ce = losses.pixel_cross_entropy(self.student(x), y, IGNORE, self.label_smoothing)
-        else:
-            logits = self.student(self.view(rows, name="real"))
-            ce = F.cross_entropy(logits, rows.column("label"), label_smoothing=self.label_smoothing)
-        self.minimise({"ce": ce}, self.opt)
+            self.minimise({"ce": losses.pixel_cross_entropy(self.student(x), y, IGNORE, self.label_smoothing)}, self.opt)
+            return
+        x, y = self.view(rows, name="real"), rows.column("label")
+
+        def terms(part: slice) -> dict[str, Tensor]:
+            return {"ce": F.cross_entropy(self.student(x[part]), y[part], label_smoothing=self.label_smoothing)}
+
+        self.minimise_parts(terms, len(x), self.opt)
 
     def crops(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Images [b, C, s, s] as the network sees them and their labels [b, s, s], cut out at one place and flipped together.

@@ -9,7 +9,7 @@ from fastkd import models
 from fastkd.config import TeachConfig
 from fastkd.data import ImageSet
 from fastkd.errors import ConfigError, InputError
-from fastkd.method import Augment, steps
+from fastkd.method import Augment, Pace, steps
 from fastkd.rng import Rng
 from fastkd.tasks.teach import Teach, teach
 
@@ -44,6 +44,7 @@ def test_the_rate_rises_and_falls_to_zero():
 
     m = Teach(epochs=10, batch=10, lr=0.2, warmup=0.1)
     object.__setattr__(m, "real", Real)
+    object.__setattr__(m, "pace", Pace())
     seen = [args[0] for e in range(10) for _, fn, args, _ in steps(m, e) if fn.__name__ == "anneal"]
     assert seen == list(range(100))
     rates = []
