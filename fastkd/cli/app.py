@@ -21,6 +21,7 @@ COMMANDS = {
     "demo": "fastkd.cli.demo",
     "methods": "fastkd.cli.methods",
     "models": "fastkd.cli.models",
+    "plan": "fastkd.cli.plan",
     "info": "fastkd.cli.info",
     "bench": "fastkd.cli.bench",
     "completion": "fastkd.cli.completion",

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from fastkd.cli.common import emit, verb
-from fastkd.cli.words import size
+from fastkd.cli.words import duration, size
 from fastkd.errors import ConfigError
 
 NEEDED = ("numpy", "click", "rich", "pydantic", "safetensors", "pillow")
@@ -150,7 +150,7 @@ def _others(row: dict[str, Any]) -> str:
 
 def of_run(folder: Path) -> dict[str, Any]:
     """State and checkpoints of a run folder; every file is read and compared with its checksum."""
-    from fastkd.engine import checkpoint
+    from fastkd.engine import checkpoint, heartbeat
 
     if not folder.is_dir():
         raise ConfigError(f"'{folder}' is {'a file' if folder.exists() else 'not there'}; expected a run folder.")
@@ -166,7 +166,10 @@ def of_run(folder: Path) -> dict[str, Any]:
             checks.append({"name": path.name, "good": False, "why": str(e), "position": None, "bytes": None})
     damaged = [p.name for p in (folder / "checkpoints").glob("damaged-*")]
     status, lock = read_json(folder / "status.json"), read_json(folder / "lock")
-    return {"folder": str(folder), "status": status, "lock": lock, "checkpoints": checks, "set_aside": damaged}
+    beats = heartbeat.read(folder)
+    suspects = [b["rank"] for b in heartbeat.suspects(beats)] if (status or {}).get("state") == "running" else []
+    found = {"folder": str(folder), "status": status, "lock": lock, "checkpoints": checks, "set_aside": damaged}
+    return {**found, "heartbeats": beats, "suspects": suspects}
 
 
 def read_json(path: Path) -> Any:
@@ -194,6 +197,17 @@ def show_run(found: dict[str, Any]) -> None:
     )
     if not found["checkpoints"]:
         summary.console().print("no checkpoint yet")
+    if found["heartbeats"]:
+        summary.print_table(
+            ("rank", "phase", "step", ">in it", ">seen", "state"),
+            [_beat_row(b, found["suspects"]) for b in found["heartbeats"]],
+        )
+
+
+def _beat_row(b: dict[str, Any], suspects: list[int]) -> tuple[str, str, str, str, str, str]:
+    state = "the others wait for it" if b["rank"] in suspects else "waits for others" if b["waiting"] else "at work"
+    step = f"{b['name']}, epoch {b['epoch']}, step {b['step']}"
+    return str(b["rank"]), b["phase"], step, duration(b["since"]), f"{duration(b['age'])} ago", f"{state}, {b['at']}"
 
 
 def _check_row(c: dict[str, Any]) -> tuple[str, str, str, str]:

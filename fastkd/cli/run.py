@@ -10,79 +10,29 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastkd.cli import several
-from fastkd.cli.common import (
-    Duration,
-    Numbers,
-    data_word,
-    emit,
-    method_names,
-    model_names,
-    out_folder,
-    recipe_names,
-    say,
-    stored,
-    table,
-    verb,
-)
+from fastkd.cli.common import Duration, data_word, emit, out_folder, say, stored, table, verb
+from fastkd.cli.deciding import KEYS, deciding
 from fastkd.engine import launch
 from fastkd.errors import ConfigError, FastkdError
 
 if TYPE_CHECKING:
     from fastkd.config import RunConfig
 
-KEYS = {
-    "method": "method.name",
-    "teacher": "teacher.spec",
-    "teacher_weights": "teacher.weights",
-    "student": "student.spec",
-    "student_weights": "student.weights",
-    "data": "data",
-    "condensed": "condensed",
-    "seed": "seed",
-    "device": "device",
-    "precision": "precision",
-    "mean": "teacher.mean",
-    "std": "teacher.std",
-    "input_size": "teacher.input_size",
-    "classes": "teacher.classes",
-    "channels": "teacher.channels",
-    "class_names": "teacher.class_names",
-}
-"""Option → configuration key. A key that is not given stays as the recipe or the default has it."""
-
 STOPPED = several.STOPPED
 CONTINUE = "continue from the last checkpoint with"
 
 
 @verb("run")
-@click.option("--method", metavar="NAME", shell_complete=method_names, help="`fastkd methods` lists them. Default: muse.")
-@click.option("--recipe", metavar="NAME|FILE", shell_complete=recipe_names, help="A published setting by name, or a TOML file.")
-@click.option("--teacher", metavar="SPEC", shell_complete=model_names, help="NAME, timm:NAME, torchvision:NAME or py:FILE:FUNCTION.")
-@click.option("--teacher-weights", metavar="FILE", help="safetensors, or .pt that loads with weights_only.")
-@click.option("--student", metavar="SPEC", shell_complete=model_names, help="The network to train; as --teacher, or ckpt:RUN_DIR.")
-@click.option("--student-weights", metavar="FILE", help="Weights that the student starts from.")
-@click.option("--data", metavar="SPEC", help="Evaluation data: NAME, NAME:DIR, DIR or none. Only vanilla_kd learns from its train split.")
-@click.option("--condensed", metavar="FILE|DIR", help="Condensed set for cde: a file, or the folder of `fastkd condense`.")
-@click.option("--set", "sets", metavar="KEY=VALUE", multiple=True, help="Any configuration key, such as method.epochs=20. May be repeated.")
-@click.option("--seed", type=int, metavar="N", help="Root of all draws. Default: 0.")
-@click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N. Default: auto.")
-@click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Default: bf16 on a GPU, fp32 on a CPU.")
+@deciding
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Run folder. Default: the next runs/METHOD-DATA-001.")
 @click.option(
     "--resume", is_flag=False, flag_value="must", default="no", type=click.Choice(["must", "auto", "no"]),
     help="Continue the run in --out. --resume=auto: or start it, where there is none (for job scripts).",
 )  # fmt: skip
-@click.option("--gpus", type=click.IntRange(1), metavar="N", help="Ranks on this machine, one a GPU; with --device cpu, on the CPU.")
 @click.option("--launcher", type=click.Choice(launch.LAUNCHERS), default="auto", help="auto: join torchrun's ranks; slurm: srun's.")
 @click.option("--max-restarts", type=click.IntRange(0), default=3, metavar="N", help="Restarts of all ranks after a crash (--gpus).")
 @click.option("--time-limit", type=Duration(), metavar="TIME", help="Stop with a checkpoint after 90s, 45m, 3h50m, 1d.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print steps and memory, run nothing.")
-@click.option("--mean", type=Numbers(), help="The teacher's normalisation, for inputs in [0, 1].")
-@click.option("--std", type=Numbers(), help="As --mean.")
-@click.option("--input-size", type=int, metavar="PIXELS", help="Height and width of the teacher's input.")
-@click.option("--classes", type=int, metavar="N", help="Number of classes.")
-@click.option("--channels", type=int, metavar="N", help="Image channels.")
-@click.option("--class-names", metavar="FILE", help="One class name a line, or a JSON list.")
 def command(
     recipe: str | None, sets: tuple[str, ...], out: Path | None, resume: str, dry_run: bool, as_json: bool,
     gpus: int | None, launcher: str, max_restarts: int, time_limit: float | None, **options: Any,
@@ -100,7 +50,7 @@ def command(
         raise ConfigError("--resume does not say which run; expected --out DIR with the folder of the run to continue.")
     config = configuration(recipe, table(KEYS, options), sets, out if resume != "no" else None, resume)
     if dry_run:
-        return plan(config, gpus or 1, as_json)
+        return show_dry_run(config, gpus or 1, as_json)
     rank = launch.is_rank(launcher)
     if out is None and rank:
         raise ConfigError("several ranks need one folder that all of them see; expected --out DIR.")
@@ -205,8 +155,8 @@ def saved(out: Path) -> bool:
         return False
 
 
-def plan(config: RunConfig, gpus: int, as_json: bool) -> int:
-    """What a run would do."""
+def show_dry_run(config: RunConfig, gpus: int, as_json: bool) -> int:
+    """What a run would do, without doing any of it; `fastkd plan` also measures."""
     from fastkd import assemble
     from fastkd.cli import summary
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastkd.cli.words import SCORES, duration, judged_by, percent, size
+from fastkd.cli.words import SCORES, duration, judged_by, percent, seconds, size
 
 
 def console() -> Console:
@@ -93,19 +93,41 @@ def show(summary: dict[str, Any], out: Path | None, code: int, following: str | 
 
 
 def show_plan(planned: dict[str, Any]) -> None:
-    """Steps and memory of a dry run."""
-    rows = []
-    for s in planned["steps"]:
-        arguments = s.get("args") or ""
-        shown = arguments if isinstance(arguments, str) else ", ".join(map(str, arguments))
-        rows.append((s["step"], s["phase"], shown, f"{s['times']:,}"))
-    print_table(("step", "phase", "arguments", ">times"), rows)
+    """Steps and memory of a dry run, or of a plan, which has measured them as well."""
+    several = planned.get("ranks", 1) > 1
+    columns = ["step", "phase", "arguments", ">times"]
+    columns += ([">sends"] if several else []) + ([">one takes", ">needs"] if "seconds" in planned["steps"][0] else [])
+    rows: list[Sequence[object]] = [_step_row(s, s["step"], s["phase"], s["args"], f"{s['times']:,}", several) for s in planned["steps"]]
+    if "evaluation" in planned:
+        rows.append(_step_row(planned["evaluation"], "evaluate", "evaluation", "", f"{planned['epochs']:,}", several))
+        rows.append(_step_row(planned["checkpoint"], "save", "checkpoint", "in host memory", "", several))
+    print_table(columns, rows)
     parts = sorted(planned["bytes"].items(), key=lambda item: -item[1])
-    held = "held for the whole run" + (f", on each of {planned['ranks']} ranks" if planned.get("ranks", 1) > 1 else "")
+    held = "held for the whole run" + (f", on each of {planned['ranks']} ranks" if several else "")
     print_table((held, ">memory"), [*((name, size(n)) for name, n in parts), ("all", size(sum(n for _, n in parts)))])
-    lines: list[tuple[str, object]] = [("epochs", planned["epochs"])]
-    if "total" in planned:
-        lines.append(("steps", f"{planned['total']:,}"))
-    lines += [("note", note) for note in planned.get("notes", [])]
+    lines: list[tuple[str, object]] = [("epochs", planned["epochs"]), ("steps", f"{planned['total']:,}")]
+    if several:
+        lines.append(("wire", f"{size(planned['wire'])} sent by each rank in all steps"))
+    lines += [*(_estimates(planned) if "memory" in planned else []), *(("note", note) for note in planned.get("notes", []))]
     print_facts(lines)
-    console().print("nothing was run and nothing was written")
+    console().print("nothing was written" if "memory" in planned else "nothing was run and nothing was written")
+
+
+def _step_row(s: dict[str, Any], name: str, phase: str, args: str, times: str, several: bool) -> list[object]:
+    sends = [size(s["wire"]) if "wire" in s else ""] if several else []
+    return [name, phase, args, times, *sends, *([seconds(s["seconds"]), size(s["peak"])] if "seconds" in s else [])]
+
+
+def _estimates(planned: dict[str, Any]) -> list[tuple[str, object]]:
+    """Memory of a rank, hours, and whether it fits."""
+    m, lines = planned["memory"], list[tuple[str, object]]()
+    if "rank" in m:
+        parts = f"{size(m['held'])} held + {size(m['guards'])} copies of the guards + {size(m['activations'])} of the hungriest step"
+        lines.append(("memory", f"{size(m['rank'])} a rank: {parts}"))
+    if planned["hours"] is not None:
+        where = f"measured on {planned['device']}, {planned['precision']}"
+        apart = "; communication not included" if planned.get("ranks", 1) > 1 else ""
+        lines.append(("time", f"{duration(3600 * planned['hours'])} ({where}{apart})"))
+    fits = {True: "yes", False: "no", None: "not known"}[planned["fits"]]
+    lines.append(("fits", f"{fits}: {size(m['machine'])} of {size(m['available'])} free; {planned['why']}"))
+    return lines

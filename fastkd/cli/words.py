@@ -32,6 +32,14 @@ def duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def seconds(value: float) -> str:
+    """Seconds of something short: 2.1 ms, 34 us, 1.3 s; from a minute on as `duration`."""
+    for unit, factor in (("us", 1e6), ("ms", 1e3)):
+        if value * factor < 1000:
+            return f"{value * factor:.3g} {unit}"
+    return duration(value)
+
+
 def size(count: float) -> str:
     """Bytes as 512 B, 3.4 MB, 1.2 GB (powers of 1000)."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastkd.engine import loop
 from fastkd.errors import ConfigError
@@ -31,42 +34,94 @@ def pretended(world: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A step as it first comes in a run, and how many times a run takes it; numbers of eager steps (learning rates) make no kind."""
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    epoch: int
+    occurrence: int
+    times: int
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """step, phase, args, times: what is printed of it."""
+        args = "" if _numbered(self.fn, self.args) else ", ".join(map(str, self.args))
+        return {"step": self.fn.__name__, "phase": self.fn.phase, "args": args, "times": self.times}  # type: ignore[attr-defined]
+
+
+def kinds(method: Method) -> list[Kind]:
+    """Each distinct (step, arguments) of a run, in the order in which it is met."""
+    first: dict[tuple[str, tuple[Any, ...]], tuple[Callable[..., Any], tuple[Any, ...], int, int]] = {}
+    times: Counter[tuple[str, tuple[Any, ...]]] = Counter()
+    for e in range(method.epochs):
+        for _, fn, args, n in steps(method, e):
+            key = (fn.__name__, () if _numbered(fn, args) else args)
+            first.setdefault(key, (fn, args, e, n))
+            times[key] += 1
+    return [Kind(*found, times[key]) for key, found in first.items()]
+
+
+def _numbered(fn: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    return bool(fn.eager and args and not isinstance(args[0], bool))  # type: ignore[attr-defined]
+
+
+class Wire(TorchDispatchMode):
+    """Counts the bytes that a rank sends in collectives, as a ring sends them. `take` gives the count and begins anew."""
+
+    def __init__(self, world: int) -> None:
+        super().__init__()
+        self.world, self.sent = world, 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" and func._schema.name.removeprefix("c10d::") in self.SHARES:
+            share = self.SHARES[func._schema.name.removeprefix("c10d::")]
+            # A ring passes on all but its own piece: of what is summed twice, of what is gathered or scattered once.
+            own = _bytes(args[0], set())
+            self.sent += share * (self.world - 1) / self.world * own
+        return func(*args, **(kwargs or {}))
+
+    SHARES = {"allreduce_": 2, "allgather_": 1, "_allgather_base_": 1, "reduce_scatter_": 1, "broadcast_": 1}
+    """Collectives, by how often the bytes of their first argument (the whole result) go around."""
+
+    def take(self) -> int:
+        sent, self.sent = round(self.sent), 0.0
+        return sent
+
+
 def walk(method: Method, given: Given, *, precision: str = "fp32", global_bn: bool = True, world: int = 1) -> dict[str, Any]:
     """Build the method on fake tensors and run each distinct (step, arguments) once, in the order in which a run meets them.
 
     Args:
       world: how many ranks the run would have; what is returned is one rank's.
     Returns:
-      steps: one row a kind of step: name, phase, arguments, how often a run takes it. bytes: of what `build` made, by attribute.
-      epochs, total: numbers of epochs and steps.
+      steps: one row a kind of step: name, phase, arguments, how often a run takes it, bytes that it sends to other ranks. bytes: of what
+      `build` made, by attribute. epochs, total: numbers of epochs and steps. wire: bytes sent in all steps.
     Raises:
       ConfigError: sizes that do not fit together; the step is named.
     """
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    with pretended(world), FakeTensorMode(allow_non_fake_inputs=True):
+    rows: list[dict[str, Any]] = []
+    with pretended(world), FakeTensorMode(allow_non_fake_inputs=True), Wire(world) as wire:
         loop.prepare(method, given, global_bn=global_bn)
         autocast = loop.autocast(method.device, precision)
-        for e in range(method.epochs):
-            for _, fn, args, n in steps(method, e):
-                # Numbers of eager steps (learning-rate positions) are no variants.
-                key = (fn.__name__, "" if fn.eager and args and not isinstance(args[0], bool) else ", ".join(map(str, args)))  # type: ignore[attr-defined]
-                if key in rows:
-                    rows[key]["times"] += 1
-                    continue
-                rows[key] = {"step": key[0], "phase": fn.phase, "args": key[1], "times": 1}  # type: ignore[attr-defined]
-                method.rng.at(given.seed, e, fn.__name__, n)
-                method.log.prefix = fn.__name__
-                try:
-                    with autocast():
-                        fn(*args)
-                except (RuntimeError, ValueError, IndexError) as problem:
-                    raise ConfigError(f"step '{key[0]}' of epoch {e} cannot run with these sizes: {str(problem).splitlines()[0]}") from None
-                method.step_ends()
+        wire.take()
+        for kind in kinds(method):
+            method.rng.at(given.seed, kind.epoch, kind.fn.__name__, kind.occurrence)
+            method.log.prefix = kind.fn.__name__
+            try:
+                with autocast():
+                    kind.fn(*kind.args)
+            except (RuntimeError, ValueError, IndexError) as problem:
+                said = str(problem).splitlines()[0]
+                raise ConfigError(f"step '{kind.fn.__name__}' of epoch {kind.epoch} cannot run with these sizes: {said}") from None
+            method.step_ends()
+            rows.append({**kind.row, "wire": wire.take()})
     seen: set[int] = set()
-    parts = {"teacher": given.teacher, **{k: v for k, v in sorted(vars(method).items()) if k not in ("teacher", "real")}}
+    parts = {"teacher": given.teacher, **{k: v for k, v in sorted(vars(method).items()) if k not in ("teacher", "real") and k[0] != "_"}}
     sizes = {name: size for name, value in parts.items() if (size := _bytes(value, seen))}
-    total = sum(r["times"] for r in rows.values())
-    return {"steps": list(rows.values()), "bytes": sizes, "epochs": method.epochs, "total": total, "ranks": world}
+    total, sent = sum(r["times"] for r in rows), sum(r["times"] * r["wire"] for r in rows)
+    return {"steps": rows, "bytes": sizes, "epochs": method.epochs, "total": total, "ranks": world, "wire": sent}
 
 
 def _bytes(value: Any, seen: set[int]) -> int:

@@ -69,7 +69,7 @@ class Beat:
 
     def _give_up(self, mine: dict[str, Any]) -> None:
         faulthandler.dump_traceback(file=sys.stderr)
-        sys.stderr.write(f"fastkd: {sentence(mine)}; the other ranks wait for it, so it ends here.\n")
+        sys.stderr.write(f"fastkd: rank {self.rank} hangs, and the others wait for it: {sentence(mine)}.\n")
         launch.leave(1)
 
     def end(self) -> None:
@@ -136,9 +136,8 @@ def suspects(beats: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def sentence(beat: dict[str, Any]) -> str:
-    """Where a rank stood."""
-    where = f" at {beat['at']}" if beat.get("at") else ""
-    return (
-        f"rank {beat['rank']} (process {beat['pid']} on {beat['host']}) hangs in {beat['phase']} step '{beat['name']}', epoch "
-        f"{beat['epoch']}, step {beat['step']}, for {beat['since']:.0f} s{where}"
-    )
+    """Where a rank was last seen."""
+    where = f", at {beat['at']}" if beat.get("at") else ""
+    step = f"{beat['phase']} step '{beat['name']}' (epoch {beat['epoch']}, step {beat['step']})"
+    who = f"rank {beat['rank']} (process {beat['pid']} on {beat['host']})"
+    return f"{who} was last seen in {step}, {beat['since']:.0f} s after it began{where}"

@@ -207,12 +207,24 @@ def _lent(variables: Mapping[str, str]) -> Iterator[None]:
 
 def first_failure(error: Any, out: Path) -> str:
     """Which rank failed first, how, and the end of its log; the other ranks' failures are its consequence."""
+    from fastkd.engine import heartbeat
+
     rank, failure = first_of(error.failures, {rank: _log(out, rank) for rank in error.failures})
     how = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
     log = _log(out, rank)
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:] if log else []
     where = f" (its log: {log})" if log else ""
-    return "\n".join([f"rank {rank} failed first, with {how}{where}:", *(f"  {line}" for line in lines), ""])
+    said = [f"rank {rank} failed first, with {how}{where}:", *(f"  {line}" for line in lines)]
+    return "\n".join([*said, *waited_for(rank, heartbeat.read(out)), ""])
+
+
+def waited_for(rank: int, beats: list[dict[str, Any]]) -> list[str]:
+    """For whom the rank that failed was waiting when it did, in words: it ran into the timeout of another one's silence."""
+    from fastkd.engine import heartbeat
+
+    if not any(b["rank"] == rank and b["waiting"] for b in beats):
+        return []
+    return [f"it waited for others: {heartbeat.sentence(b)}" for b in heartbeat.suspects(beats) if b["rank"] != rank]
 
 
 def first_of(failures: Mapping[int, Any], logs: Mapping[int, Path | None]) -> tuple[int, Any]:

@@ -167,7 +167,7 @@ def _walk(
             return saver.stop((epoch, walked), done)
         method.rng.at(settings.seed, epoch, "evaluate", 0)
         with clock("evaluation"):
-            scores, health = _evaluate(method, settings)
+            scores, health = evaluate(method, settings)
         terms = method.log.read()
         _refuse_non_finite(terms)
         method.log.clear()
@@ -226,7 +226,7 @@ def autocast(device: torch.device, precision: str) -> Callable[[], contextlib.Ab
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
 
 
-def _evaluate(method: Method, settings: Settings) -> tuple[dict[str, float], dict[str, float]]:
+def evaluate(method: Method, settings: Settings) -> tuple[dict[str, float], dict[str, float]]:
     """Scores of the student, and the health of the synthetic images; without evaluation data those are the scores."""
     with autocast(method.device, settings.precision)():
         scores = evaluation.measure(method.student, settings.data, method.mean, method.std) if settings.data is not None else {}

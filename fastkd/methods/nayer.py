@@ -110,9 +110,9 @@ class Nayer(PoolMethod):
         the next slice of shuffled class lists, so that consecutive loops make every class equally often."""
         rows = self.rows(self.batch).to(self.device)
         if self.batch < self.classes:
-            at = k * self.batch + self.rows(self.batch)
-            lists = {int(p): self.shuffled(int(p)) for p in torch.unique(at // self.classes)}
-            return torch.stack([lists[int(i) // self.classes][int(i) % self.classes] for i in at]).to(self.device)
+            first, last = k * self.batch // self.classes, (k * self.batch + self.batch - 1) // self.classes
+            lists = torch.cat([self.shuffled(p) for p in range(first, last + 1)])
+            return lists[self.rows(self.batch) + (k * self.batch - first * self.classes)].to(self.device)
         whole = self.batch // self.classes * self.classes
         return torch.where(rows < whole, rows % self.classes, self.rng.labels(self.batch, self.classes))
 

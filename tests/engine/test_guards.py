@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from fastkd.engine import checkpoint, events, heartbeat, loop, state
+from fastkd.engine import checkpoint, events, heartbeat, launch, loop, state
 from fastkd.engine.guards import Guards, Position
 from fastkd.engine.guards.collapse import Collapse
 from fastkd.errors import NoMemoryError, NumericalError
@@ -367,6 +367,16 @@ def test_suspects_are_those_that_do_not_wait_or_have_gone_silent():
     assert heartbeat.suspects([beat(0, waiting=True)]) == []
 
 
+def test_a_rank_that_ran_into_a_timeout_names_the_one_it_waited_for():
+    more = {"pid": 7, "host": "h", "phase": "synthesis", "name": "adapt", "epoch": 1, "step": 9, "at": "a.py:3 in f"}
+    beats = [beat(0, waiting=True) | more, beat(1) | more]
+    assert launch.waited_for(0, beats) == [
+        "it waited for others: rank 1 (process 7 on h) was last seen in synthesis step 'adapt' (epoch 1, step 9), 50 s after it began, "
+        "at a.py:3 in f"
+    ]
+    assert launch.waited_for(1, beats) == [] == launch.waited_for(0, [beat(0) | more, beat(1) | more])
+
+
 def test_the_file_says_what_a_rank_does_while_it_is_at_work(tmp_path, monkeypatch):
     monkeypatch.setattr(heartbeat, "SECONDS", 0.02)
     with heartbeat.beating(tmp_path) as at_work:
@@ -376,6 +386,6 @@ def test_the_file_says_what_a_rank_does_while_it_is_at_work(tmp_path, monkeypatc
             found = [b for b in heartbeat.read(tmp_path) if b["name"] == "adapt"]
     (mine,) = found
     assert (mine["rank"], mine["phase"], mine["epoch"], mine["step"], mine["waiting"]) == (0, "synthesis", 3, 71, False)
-    assert "hangs in synthesis step 'adapt', epoch 3, step 71" in heartbeat.sentence(mine) and mine["at"]
+    assert "was last seen in synthesis step 'adapt' (epoch 3, step 71)" in heartbeat.sentence(mine) and mine["at"]
     (tmp_path / "heartbeats" / "rank-1.json").write_text("{")
     assert len(heartbeat.read(tmp_path)) == 1

@@ -33,9 +33,19 @@ class Ranks:
         run += [*sets(*TINY, "poll=1", "checkpoint.every_steps=4"), *words]  # of two settings the last one counts
         return [sys.executable, "-m", "fastkd", *map(str, run)]
 
-    def run(self, name: str, *words: Any, gpus: int = 2, plant: dict[str, Any] | None = None, limit: float = 240) -> Any:
-        env = environment(PLANT=json.dumps(plant)) if plant else environment()
-        if plant:
+    def run(
+        self,
+        name: str,
+        *words: Any,
+        gpus: int = 2,
+        plant: dict[str, Any] | None = None,
+        inside: dict[str, Any] | None = None,
+        limit: float = 240,
+    ) -> Any:
+        """Args: plant: a fault between two steps. inside: one inside a step (see `planted`)."""
+        planted = {"PLANT": plant, "PLANT_INSIDE": inside}
+        env = environment(**{name: json.dumps(fault) for name, fault in planted.items() if fault})
+        if plant or inside:
             env["PYTHONPATH"] = os.pathsep.join([str(PLANTED), env["PYTHONPATH"]])
         done = subprocess.run(self.command(name, *words, gpus=gpus), env=env, capture_output=True, text=True, timeout=limit, check=False)
         return done

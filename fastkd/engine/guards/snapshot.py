@@ -74,6 +74,11 @@ class Snapshot:
         self.buffers = Flat([t for t in copied if id(t) in nets])
         self.small = Flat([t for t in copied if id(t) not in nets])
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of the copies."""
+        return sum(kept.numel() * kept.element_size() for flat in (self.buffers, self.small) for _, _, kept in flat.groups)
+
     def take(self, *, numbers: bool) -> None:
         """Copy what the next step may move. `numbers`: host numbers as well (steps that run host code)."""
         if self._known != self.method.log.sums.keys():

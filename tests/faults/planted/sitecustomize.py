@@ -179,3 +179,7 @@ PLACES = {
 
 if "PLANT" in os.environ:
     plant(**json.loads(os.environ["PLANT"]))
+if "PLANT_INSIDE" in os.environ:
+    import inside
+
+    inside.plant(**json.loads(os.environ["PLANT_INSIDE"]))

@@ -1,0 +1,34 @@
+"""`fastkd plan`: what a run would take, before it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from fastkd.cli.common import emit, table, verb
+from fastkd.cli.deciding import KEYS, deciding
+
+
+@verb("plan")
+@deciding
+@click.option("--probe/--no-probe", "probed", default=True, help="Time one real step of each kind. Without: no hours, no activations.")
+def command(recipe: str | None, sets: tuple[str, ...], gpus: int | None, probed: bool, as_json: bool, **options: Any) -> int:
+    """Memory by part and rank, steps, bytes over the wire, hours from a timed probe of the real steps, and whether it fits.
+
+    Takes the options of `fastkd run` that decide a run; nothing is written. The steps are taken on this machine's device as rank 0 of
+    --gpus N, so one GPU of the kind is enough to ask. Without --teacher-weights the teacher is a random one of the same size.
+
+    \b
+      fastkd plan --recipe muse-imagenet-112 --gpus 8
+    """
+    from fastkd import config
+    from fastkd.cli import summary
+    from fastkd.tasks.plan import plan
+
+    planned = plan(config.resolve(recipe, table(KEYS, options), sets), gpus or 1, probed=probed)
+    if as_json:
+        emit(planned)
+    else:
+        summary.show_plan(planned)
+    return 0

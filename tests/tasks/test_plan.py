@@ -1,0 +1,139 @@
+"""A plan against what real runs measure: memory, steps, bytes between ranks; and what it says where something does not fit."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from fastkd import assemble, config
+from fastkd.engine import dry, probe
+from fastkd.engine.events import Events
+from fastkd.engine.loop import Settings
+from fastkd.engine.loop import run as walk_run
+from fastkd.errors import ConfigError
+from fastkd.tasks import plan as planning
+from fastkd.tasks.plan import free, plan
+from tests import small
+
+
+def resolved(recipe, **method):
+    return config.resolve(recipe, {"method": method, "device": "cpu"})
+
+
+SHORT = {"epochs": 2, "warmup": 1, "kd_steps": 2, "kd_batch": 256, "batch": 64, "g_steps": 2}
+MUSE = {**SHORT, "g_loops": 1, "gwp_loops": 2}
+GAME = {"epochs": 1, "iterations": 2, "s_steps": 2, "batch": 256}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "method"),
+    [("muse-digits", MUSE), ("fast-digits", SHORT), ("dfad-digits", GAME), ("pre-digits", {**GAME, "vae_steps": 1})],
+)
+def test_memory_is_within_a_tenth_of_what_a_real_run_measures(recipe, method, tmp_path):
+    planned = plan(resolved(recipe, **method))
+    gc.collect()  # what is freed in the block lowers what it measures
+    with probe.Peak(torch.device("cpu")) as measured:  # all that is allocated, from the first network on
+        job = assemble.make_job(resolved(recipe, **method))
+        outcome = assemble.execute(job, tmp_path / "run", resume="no", listeners=[])
+    assert outcome.code == 0
+    assert planned["memory"]["rank"] == pytest.approx(measured.bytes, rel=0.1)
+    assert planned["total"] == outcome.summary["steps"]
+
+
+def test_hours_are_those_of_its_steps_and_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    planned = plan(resolved("muse-digits", **MUSE))
+    assert not list(tmp_path.iterdir())
+    steps = planned["steps"]
+    assert all(s["seconds"] > 0 and s["peak"] >= 0 for s in steps) and {"learn", "invert", "remember"} <= {s["step"] for s in steps}
+    alone = sum(s["times"] * s["seconds"] for s in steps)
+    assert planned["hours"] * 3600 == pytest.approx(alone + 2 * planned["evaluation"]["seconds"])
+    assert planned["wire"] == 0 and planned["fits"] is True and planned["memory"]["machine"] == planned["memory"]["rank"]
+
+
+def test_hours_are_near_those_of_a_run():
+    method = {"epochs": 2, "kd_steps": 40, "kd_batch": 128, "n_images": 512}
+    planned = plan(resolved("noise-digits", **method))
+    job = assemble.make_job(resolved("noise-digits", **method))
+    outcome = assemble.execute(job, None, resume="no", listeners=[])
+    assert sum(outcome.summary["seconds"].values()) == pytest.approx(3600 * planned["hours"], rel=0.8)  # other work may share the cores
+
+
+def test_ranks_share_the_rows_and_count_what_they_send():
+    one, four = (plan(resolved("muse-digits", **MUSE), world) for world in (1, 4))
+    assert four["memory"]["machine"] == 4 * four["memory"]["rank"]
+    whole, learn = (next(s for s in planned["steps"] if s["step"] == "learn") for planned in (one, four))
+    assert learn["peak"] < 0.5 * whole["peak"]
+    job = assemble.make_job(resolved("muse-digits", **MUSE))
+    weights = 4 * sum(p.numel() for p in job.given.student.parameters())
+    head = 4 * (job.given.student.feature_dim + 1) * job.given.embeddings.shape[1]
+    sent = learn["wire"] / (2 * 3 / 4)
+    assert weights + head < sent < 1.1 * (weights + head)  # gradients, and the statistics of BatchNorm in both directions
+    assert four["wire"] == sum(s["times"] * s["wire"] for s in four["steps"])
+
+
+def test_a_ring_sends_all_but_its_own_piece_twice_for_a_sum_and_once_for_a_gathering():
+    with dry.pretended(4), dry.Wire(4) as wire:
+        torch.distributed.all_reduce(torch.zeros(100))
+        assert wire.take() == 2 * 3 * 400 // 4
+        torch.distributed.all_gather([torch.zeros(10) for _ in range(4)], torch.zeros(10))
+        assert wire.take() == 3 * 40 and wire.take() == 0
+
+
+def test_what_is_held_alone_may_be_too_much(monkeypatch):
+    monkeypatch.setattr(planning, "free", lambda device: 10**6)
+    monkeypatch.setattr(probe, "probe", lambda *a, **k: pytest.fail("nothing real is made where it cannot fit"))
+    planned = plan(resolved("muse-digits", **MUSE))
+    assert planned["fits"] is False and planned["hours"] is None and "held for the whole run alone" in planned["why"]
+
+
+def test_activations_may_be_too_much(monkeypatch):
+    held = plan(resolved("muse-digits", **MUSE), probed=False)["memory"]["held"]
+    monkeypatch.setattr(planning, "free", lambda device: held + 1_000_000)
+    planned = plan(resolved("muse-digits", **MUSE))
+    assert planned["fits"] is False and planned["why"].startswith("more than 90%") and planned["hours"] > 0
+
+
+def test_a_step_that_runs_out_of_memory_does_not_fit(monkeypatch):
+    def short(*args, **kw):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nand more")
+
+    monkeypatch.setattr(probe, "probe", short)
+    planned = plan(resolved("muse-digits", **MUSE))
+    assert planned["fits"] is False and planned["why"].endswith("CUDA out of memory. Tried to allocate 9 GiB")
+
+
+def test_without_the_probe_it_is_not_known():
+    planned = plan(resolved("muse-digits", **MUSE), probed=False)
+    assert planned["fits"] is None and planned["hours"] is None and "seconds" not in planned["steps"][0]
+
+
+def test_a_teacher_without_weights_stands_for_one_of_its_size():
+    planned = plan(config.resolve("muse-imagenet-112", {"device": "cpu"}), 8, probed=False)
+    assert any("the teacher is random" in n for n in planned["notes"])
+    assert {s["args"] for s in planned["steps"] if s["step"] == "invert"} == {"112, False", "112, True"}
+    assert planned["bytes"]["at"] > 512_000 * 3 * 112 * 112 and planned["total"] > 180_000
+    with pytest.raises(ConfigError, match="the teacher has no weights"):  # it is not known how large it is
+        plan(config.resolve(None, {"teacher": {"spec": "resnet20"}, "student": {"spec": "resnet8"}}))
+
+
+def test_free_memory_is_a_number():
+    assert free(torch.device("cpu")) > 10**8
+
+
+def test_a_peak_counts_what_was_freed_meanwhile():
+    with probe.Peak(torch.device("cpu")) as peak:
+        a = torch.zeros(250_000)
+        del a
+        b = torch.zeros(500_000)
+    assert peak.bytes == 2_000_000 == b.numel() * 4
+
+
+@pytest.mark.parametrize("variant", [v for v in small.VARIANTS if not v[1]], ids=small.ident)
+def test_every_method_can_be_probed(variant):
+    method = small.small(*variant)
+    found = probe.probe(method, small.given(), Settings())
+    assert all(row["seconds"] > 0 for row in found["steps"]) and found["guards"] > 0 and not found["said"]
+    assert walk_run(small.prepared(*variant), Settings(max_steps=2), Events(None), None) == 75
