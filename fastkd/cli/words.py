@@ -35,7 +35,7 @@ def duration(seconds: float | None) -> str:
 def seconds(value: float) -> str:
     """Seconds of something short: 2.1 ms, 34 us, 1.3 s; from a minute on as `duration`."""
     for unit, factor in (("us", 1e6), ("ms", 1e3)):
-        if value * factor < 1000:
+        if value * factor < 999.5:
             return f"{value * factor:.3g} {unit}"
     return duration(value)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -72,3 +73,18 @@ def test_a_run_without_checkpoints_and_with_torn_files(cli, tmp_path: Path) -> N
     (tmp_path / "status.json").write_text('{"state": "runn')
     done = cli("info", "--run", tmp_path)
     assert done.exit_code == 0 and "no checkpoint yet" in done.stdout
+
+
+def test_heartbeats_of_a_run_that_hangs_name_the_rank(cli, tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text('{"state": "running", "step": 9}')
+    (tmp_path / "heartbeats").mkdir()
+    beat = {"host": "h", "pid": 7, "phase": "distillation", "name": "learn", "epoch": 1, "step": 9, "since": 75.0, "every": 5.0}
+    for rank, waiting in ((0, True), (1, False)):
+        found = {**beat, "rank": rank, "waiting": waiting, "at": "a.py:3 in f", "time": time.time()}
+        (tmp_path / "heartbeats" / f"rank-{rank}.json").write_text(json.dumps(found))
+    found = json.loads(cli("info", "--run", tmp_path, "--json").stdout)
+    assert found["suspects"] == [1] and [b["rank"] for b in found["heartbeats"]] == [0, 1]
+    said = cli("info", "--run", tmp_path).stdout
+    assert "the others wait for it, a.py:3 in f" in said and "waits for others" in said and "1:15" in said
+    (tmp_path / "status.json").write_text('{"state": "done"}')
+    assert json.loads(cli("info", "--run", tmp_path, "--json").stdout)["suspects"] == []

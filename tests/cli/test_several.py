@@ -23,7 +23,8 @@ def test_ranks_without_gpus_are_refused_with_the_way_out(cli, tmp_path):
 def test_a_dry_run_of_eight_ranks_is_one_of_them(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one, eight = (json.loads(cli("run", "--dry-run", *words, *sets(*TINY), "--json").stdout) for words in ((), ("--gpus", 8)))
-    assert one["steps"] == eight["steps"] and (one["ranks"], eight["ranks"]) == (1, 8)
+    assert [s | {"wire": 0} for s in eight["steps"]] == one["steps"] and (one["ranks"], eight["ranks"]) == (1, 8)
+    assert one["wire"] == 0 < eight["wire"]
     assert eight["bytes"]["student"] == one["bytes"]["student"] and eight["bytes"]["at"] < one["bytes"]["at"]
     odd = cli("run", "--dry-run", "--gpus", 8, *sets(*TINY, "method.kd_batch=36"))
     assert odd.exit_code == 2 and "36 rows cannot be dealt to 8 ranks" in one_sentence(odd.stderr)
