@@ -142,6 +142,7 @@ def health(method: Method, n: int) -> dict[str, Tensor]:
     if x is None or not len(x):
         return {}
     teacher = method.teacher(x).logits
+    teacher = teacher.to(torch.promote_types(teacher.dtype, torch.float32))
     with method.evaluating(method.student):
         student = method.student(x)
     named = teacher.argmax(1).flatten()  # of images, or of the pixels of dense predictions

@@ -7,6 +7,8 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from fastkd.engine import checkpoint, events, heartbeat, launch, loop, state
 from fastkd.engine.guards import Guards, Position
@@ -211,6 +213,37 @@ def test_parts_are_kept_over_a_resume(monkeypatch, tmp_path):
     resumed = small.prepared("fast")
     small.run(resumed, tmp_path, resume=True)
     assert resumed.pace.parts == 2 and not apart(resumed, whole)
+
+
+def parted(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    method = small.prepared("noise")
+    method.pace.parts = 2
+    assert small.run(method) == 0
+    if rank == 0:
+        torch.save(bits(method), f"{folder}/{world}.pt")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def test_two_ranks_in_two_parts_equal_one_in_two_parts(tmp_path):
+    for world in (1, 2):
+        mp.spawn(parted, (world, str(tmp_path)), nprocs=world)
+    one, two = (torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2))
+    assert one.keys() == two.keys()
+    far = {k: float((one[k].double() - two[k].double()).abs().max()) for k in one if one[k].numel()}
+    assert max(far.values()) < 1e-8, sorted(far.items(), key=lambda kv: -kv[1])[:3]
+
+
+def test_a_damaged_record_says_nothing(tmp_path):
+    for text in ("", "{", "[1]", '[["a", 2]]', "null"):
+        (tmp_path / "memory.json").write_text(text)
+        assert Guards(small.prepared("noise"), events.Events(None), tmp_path).backoff._entries == []
+    (tmp_path / "memory.json").write_text("[[3, 2]]")
+    assert Guards(small.prepared("noise"), events.Events(None), tmp_path).backoff._entries == [(3, 2)]
 
 
 def test_with_one_row_at_a_time_the_run_ends_with_7(monkeypatch, tmp_path):

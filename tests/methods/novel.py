@@ -56,7 +56,10 @@ def reaches(value, tensors):
 def spied_terms(method, monkeypatch):
     """A list that fills with the terms of each update; the update itself does not happen."""
     seen = []
-    monkeypatch.setattr(type(method), "minimise", lambda self, terms, *opts, **kw: seen.append((terms, opts, kw)))
+    spy = lambda self, terms, *opts, **kw: seen.append((terms, opts, kw))  # noqa: E731
+    monkeypatch.setattr(type(method), "minimise", spy)
+    whole = lambda self, terms, rows, *opts, **kw: spy(self, terms(slice(0, rows)), *opts, **kw)  # noqa: E731
+    monkeypatch.setattr(type(method), "minimise_parts", whole)
     return seen
 
 

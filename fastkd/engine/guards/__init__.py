@@ -130,7 +130,7 @@ class Guards:
         if bad:
             said += f" (term {bad[0].removeprefix(f'{name}.')})"
         if self.out is not None and name in self._last:
-            self.snapshot.restore()  # its cursors, so that the batch is the same one again
+            self.snapshot.restore()  # cursors of the last step, so that where it is this one its batch is the same again
             path = dump(self.method, self._last[name], self.out)
             self.method.step_ends()
             said += f"; the last batch is in {path.name}" if path else ""
