@@ -103,7 +103,7 @@ def run(
       NumericalError: most steps of an interval were not finite.
       CheckpointError: nothing there can be resumed, or three saves failed in a row.
     """
-    saver, guards = _Saver(method, settings, events, out), Guards(method, events, out)
+    saver, guards = _Saver(method, settings, events, out), Guards(method, events, out, autocast(method.device, settings.precision))
     at, done = _resume(method, settings, events, out, anew) if resume and out else ((0, 0), 0)
     with heartbeat.beating(out) as beat:
         while True:
@@ -127,7 +127,6 @@ def _walk(
     """From a position to the end, or to a stop; the exit code."""
     total = done + sum(1 for e in range(begin[0], method.epochs) for i, *_ in steps(method, e) if (e, i) >= begin)
     clock, began, begun_at, images = Clock(method.device), time.monotonic(), done, 0
-    cast = autocast(method.device, settings.precision)
 
     for epoch in range(begin[0], method.epochs):
         epoch_began, walked = time.monotonic(), 0
@@ -136,7 +135,7 @@ def _walk(
             if (epoch, i) < begin:
                 continue
             beat.now(fn.phase, fn.__name__, epoch, done)  # type: ignore[attr-defined]
-            with clock(fn.phase), cast():  # type: ignore[attr-defined]
+            with clock(fn.phase):  # type: ignore[attr-defined]
                 guards.step(Position(settings.seed, epoch, done, fn, args, occurrence))
             method.step_ends()
             done, images = done + 1, images + (0 if fn.eager else method.images_of(fn.phase))  # type: ignore[attr-defined]

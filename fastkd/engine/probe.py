@@ -83,14 +83,13 @@ def probe(method: Method, given: Given, settings: loop.Settings, *, world: int =
     events = Events(None, [lambda event: said.append(event["text"]) if event["kind"] == "warning" else None])
     with pretended(world):
         loop.prepare(method, given, global_bn=settings.global_bn)
-        guards, cast = Guards(method, events, None), loop.autocast(method.device, settings.precision)
+        guards = Guards(method, events, None, loop.autocast(method.device, settings.precision))
         rows = []
         for done, kind in enumerate(kinds(method)):
             at = Position(settings.seed, kind.epoch, done, kind.fn, kind.args, kind.occurrence)
 
             def take(at: Position = at) -> None:
-                with cast():
-                    guards.step(at)
+                guards.step(at)
                 method.step_ends()
 
             # What fills a memory cannot be repeated at will: its store has room for the run's own number.

@@ -309,7 +309,7 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(monkeypatch):
         return original(*args, **kw)
 
     monkeypatch.setattr(torch, "_foreach_add_", add)
-    with pytest.raises(NoMemoryError, match="after it had changed what is not copied, and there is no checkpoint yet"):
+    with pytest.raises(NoMemoryError, match="after its update had begun, and there is no checkpoint to go back to"):
         small.run(method)
 
 

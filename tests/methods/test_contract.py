@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 import torch
 
 from fastkd.engine import state
+from fastkd.engine.guards import snapshot
+from fastkd.engine.guards.memory import Backoff
 from fastkd.log import Log
-from fastkd.method import steps
+from fastkd.method import Method, steps
 from tests import small
 from tests.recorder import NoHostRead, Recording
 
@@ -55,6 +58,26 @@ def test_killed_at_random_steps_and_resumed_is_bit_identical(variant, tmp_path):
         resumed = small.prepared(*variant)
         assert small.run(resumed, out, resume=True) == 0
         assert not differing(bits(whole), bits(resumed)), f"killed after step {kill} of {total}"
+
+
+@each
+def test_a_step_that_ran_out_of_memory_before_its_update_can_be_done_again(variant, monkeypatch):
+    monkeypatch.setattr(snapshot, "LIMIT", 64)  # of these small runs as well, images and labels are not copied
+    whole, method = small.prepared(*variant), small.prepared(*variant)
+    assert small.run(whole) == 0
+    monkeypatch.setattr(Backoff, "decide", lambda self, at, rows, problem: "again")
+    calls: Counter[str] = Counter()
+    original = Method._valued
+
+    def valued(self, *args):
+        calls[self.log.prefix] += not self.updated()
+        if calls[self.log.prefix] in (1, 4) and not self.updated():
+            raise MemoryError("planted")
+        return original(self, *args)
+
+    monkeypatch.setattr(Method, "_valued", valued)
+    assert small.run(method) == 0
+    assert calls and not differing(bits(whole), bits(method))
 
 
 @each

@@ -6,6 +6,7 @@ No rank decides alone.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from fastkd.engine.guards.snapshot import Snapshot, optimisers
 from fastkd.errors import NoMemoryError, NumericalError, no_memory
 from fastkd.method import Method
 
+Cast = Callable[[], contextlib.AbstractContextManager[Any]]
 LR_FACTOR = 0.5
 """What a run that is rolled back multiplies its learning rates with."""
 
@@ -64,11 +66,11 @@ class Guards:
     """Takes the steps of a run and watches over them.
 
     Args:
-      method: prepared. events: where warnings go. out: run folder, or None: then there is nothing to go back to.
+      method: prepared. events: where warnings go. out: run folder, or None: then there is nothing to go back to. cast: autocast of steps.
     """
 
-    def __init__(self, method: Method, events: Events, out: Path | None):
-        self.method, self.events, self.out = method, events, out
+    def __init__(self, method: Method, events: Events, out: Path | None, cast: Cast = contextlib.nullcontext):
+        self.method, self.events, self.out, self.cast = method, events, out, cast
         self.snapshot = Snapshot(method)
         self.finite = Finite(method.device)
         self.backoff = Backoff(method, events, out)
@@ -86,7 +88,8 @@ class Guards:
         self.snapshot.take(numbers=at.fn.eager)  # type: ignore[attr-defined]
         while True:
             try:
-                at.take(self.method)
+                with self.cast():
+                    at.take(self.method)
                 break
             except Exception as e:
                 if not no_memory(e):
@@ -96,7 +99,7 @@ class Guards:
             self._free()
             action = self.backoff.decide(at, rows, problem)
             if self.snapshot.changed():
-                end = f"out of memory in step '{at.name}' after it had changed what is not copied, and there is no checkpoint yet"
+                end = f"out of memory in step '{at.name}' after its update had begun, and there is no checkpoint to go back to"
                 raise GoBack(action, NoMemoryError(f"{end} ({problem}); lower method.batch or method.kd_batch."))
             self.snapshot.restore()
             self.events.write("warning", text=action)
@@ -131,7 +134,8 @@ class Guards:
             said += f" (term {bad[0].removeprefix(f'{name}.')})"
         if self.out is not None and name in self._last:
             self.snapshot.restore()  # cursors of the last step, so that where it is this one its batch is the same again
-            path = dump(self.method, self._last[name], self.out)
+            with self.cast():
+                path = dump(self.method, self._last[name], self.out)
             self.method.step_ends()
             said += f"; the last batch is in {path.name}" if path else ""
         if self.method.pace.rolled_back:

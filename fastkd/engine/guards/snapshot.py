@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fastkd.engine import state
 from fastkd.method import Method
 
-LIMIT = 1 << 24
-"""Bytes of a tensor above which it is not copied."""
+LIMIT = 1 << 16
+"""Bytes of a tensor (cursors, sums, not buffers of networks) above which it is not copied: a step writes it anew before it reads it."""
 
 
 class Flat:
@@ -53,9 +53,10 @@ def _write(group: list[Tensor], sizes: list[int], flat: Tensor) -> None:
 
 
 class Snapshot:
-    """The state of a method before a step, but for what `minimise` moves and for large tensors: that those changed is noticed.
+    """What a step may move before its update: buffers of networks (running statistics), cursors, sums of the log, other small tensors.
 
-    Copied are the buffers of networks (running statistics), cursors, sums of the log and other small tensors.
+    Larger buffers of a method (labels, images) are what the step itself makes: done again, it makes them again. What optimisers own moves
+    in the update; that it did is noticed (`changed`).
     """
 
     def __init__(self, method: Method):
@@ -65,14 +66,13 @@ class Snapshot:
         self._find()
 
     def _find(self) -> None:
-        """Sort the state: `buffers` of networks, `small` other tensors, and `large`: those that are only watched."""
         self._known = set(self.method.log.sums)
         owned, nets = _of_optimisers(self.method), _buffers(self.method)
         tensors = [i.tensor for i in state.walk(self.method) if isinstance(i, state.TensorItem)]
-        copied = [t for t in tensors if id(t) not in owned and t.numel() * t.element_size() <= LIMIT]
-        self.large = [t for t in tensors if id(t) in owned or t.numel() * t.element_size() > LIMIT]
-        self.buffers = Flat([t for t in copied if id(t) in nets])
-        self.small = Flat([t for t in copied if id(t) not in nets])
+        self.owned = [t for t in tensors if id(t) in owned]
+        rest = [t for t in tensors if id(t) not in owned]
+        self.buffers = Flat([t for t in rest if id(t) in nets])
+        self.small = Flat([t for t in rest if id(t) not in nets and t.numel() * t.element_size() <= LIMIT])
 
     @property
     def bytes(self) -> int:
@@ -85,13 +85,13 @@ class Snapshot:
             self._find()
         self.buffers.take()
         self.small.take()
-        self._versions = [t._version for t in self.large]
+        self._versions = [t._version for t in self.owned]
         found = [i for i in state.walk(self.method) if isinstance(i, state.NumberItem)] if numbers else []
         self._numbers = [(i, i.value) for i in found]
 
     def changed(self) -> bool:
-        """Whether something has moved since that was not copied."""
-        return self._versions != [t._version for t in self.large]
+        """Whether an update has begun since."""
+        return self._versions != [t._version for t in self.owned]
 
     def restore(self) -> None:
         """Put back what was copied."""
