@@ -54,6 +54,7 @@ def test_a_run_writes_its_folder(tmp_path):
         "config.json",
         "environment.json",
         "events.jsonl",
+        "heartbeats",
         "status.json",
         "checkpoints",
         "student.safetensors",
