@@ -72,6 +72,7 @@ def undisturbed(tmp_path_factory):
     return newest(out)
 
 
+@pytest.mark.fault("T26")
 def test_stopped_on_two_ranks_continued_on_one_and_then_on_four(tmp_path, undisturbed):
     total, out = sum(1 for e in range(3) for _ in steps(small.prepared(*VARIANT), e)), tmp_path / "run"
     on(2, out, max_steps=14)  # after the first of three student steps
@@ -94,6 +95,7 @@ def test_stopped_on_two_ranks_continued_on_one_and_then_on_four(tmp_path, undist
     assert far[0][0] < NEAR, far[:5]
 
 
+@pytest.mark.fault("T9", "T11")
 def test_damaged_or_missing_images_are_noticed_and_the_older_checkpoint_is_taken(tmp_path):
     out = tmp_path / "run"
     on(2, out, max_steps=4)
@@ -132,6 +134,7 @@ def full_disk(rank, world, out):
     dist.destroy_process_group()
 
 
+@pytest.mark.fault("T13")
 def test_a_full_disk_on_one_rank_costs_that_checkpoint_on_all(tmp_path):
     mp.spawn(full_disk, (2, tmp_path), nprocs=2)
     assert "checkpoint at step 10 could not be written: another rank could not write its part" in (tmp_path / "events.jsonl").read_text()
