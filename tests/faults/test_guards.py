@@ -29,6 +29,7 @@ def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[st
 
 
 @faults
+@pytest.mark.fault("T22")
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_all(ranks, undisturbed):
     states = []
     for rank in (0, 1):
@@ -42,6 +43,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_all(ranks, undistur
 
 
 @faults
+@pytest.mark.fault("T22")
 def test_losses_that_are_never_finite_end_the_run_with_6_a_dump_and_a_finite_checkpoint(ranks):
     done = ranks.run("never", inside={"do": "nan-from", "rank": 1, "at": [1, "learn", 0]})
     assert done.returncode == 6, done.stderr
@@ -53,6 +55,7 @@ def test_losses_that_are_never_finite_end_the_run_with_6_a_dump_and_a_finite_che
     assert len(list((ranks.parent / "never").glob("not-finite-*-r[01].safetensors"))) == 2
 
 
+@pytest.mark.fault("T23")
 def test_an_infinite_gradient_of_a_finite_loss_is_skipped():
     method = small.prepared("noise")
     w = torch.nn.Parameter(torch.zeros(2))
@@ -61,6 +64,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped():
     assert (w == 0).all() and method.not_finite() == 1
 
 
+@pytest.mark.fault("T23")
 def test_a_batchnorm_channel_without_variance_keeps_the_losses_finite(tmp_path):
     method = small.prepared("fast")
     with torch.no_grad():
@@ -69,6 +73,7 @@ def test_a_batchnorm_channel_without_variance_keeps_the_losses_finite(tmp_path):
     assert all(p.isfinite().all() for p in method.student.parameters())
 
 
+@pytest.mark.fault("T23")
 def test_a_memory_of_one_class_is_a_collapse_that_is_said_once(tmp_path):
     method = small.prepared("noise", {"epochs": 5})
     method.pool.images.copy_(method.pool.images[:1].clone().expand_as(method.pool.images))
@@ -83,6 +88,7 @@ SPLITS = ("--set", "method.r=0")  # MUSE's hinge over the batch cannot be taken 
 
 
 @faults
+@pytest.mark.fault("T24")
 def test_a_rank_without_memory_in_a_student_step_has_all_ranks_take_it_in_two_parts(ranks):
     done = ranks.run("halved", *SPLITS, inside={"do": "no-memory", "rank": 1, "at": [1, "learn", 0]})
     assert done.returncode == 0, done.stderr
@@ -96,6 +102,7 @@ def test_a_rank_without_memory_in_a_student_step_has_all_ranks_take_it_in_two_pa
 
 
 @faults
+@pytest.mark.fault("T24")
 def test_a_rank_without_memory_in_a_synthesis_step_costs_no_bit(ranks, undisturbed):
     done = ranks.run("again", inside={"do": "no-memory", "rank": 1, "at": [1, "invert", 0]})
     assert done.returncode == 0, done.stderr
@@ -103,6 +110,7 @@ def test_a_rank_without_memory_in_a_synthesis_step_costs_no_bit(ranks, undisturb
 
 
 @faults
+@pytest.mark.fault("T24")
 def test_a_synthesis_step_without_memory_twice_ends_with_7(ranks):
     done = ranks.run("twice", inside={"do": "no-memory", "rank": 1, "at": [1, "invert", 0], "attempt": None})
     assert done.returncode == 7, done.stderr
@@ -114,6 +122,7 @@ def test_a_synthesis_step_without_memory_twice_ends_with_7(ranks):
 
 
 @faults
+@pytest.mark.fault("T25")
 def test_a_rank_that_is_slow_is_no_alarm(ranks, undisturbed):
     done = ranks.run("slow", inside={"do": "sleep", "value": 8, "rank": 1, "at": [1, "learn", 1], "timeout": 40})
     assert done.returncode == 0 and ranks.attempts("slow") == 1, done.stderr
@@ -121,6 +130,7 @@ def test_a_rank_that_is_slow_is_no_alarm(ranks, undisturbed):
 
 
 @faults
+@pytest.mark.fault("T25")
 def test_a_rank_that_hangs_is_named_with_its_last_phase_within_the_timeout(ranks):
     done = ranks.run("hangs", "--max-restarts", 0, inside={"do": "sleep", "value": 900, "rank": 1, "at": [1, "learn", 1], "timeout": 30})
     assert done.returncode == 1, done.stderr
@@ -132,6 +142,7 @@ def test_a_rank_that_hangs_is_named_with_its_last_phase_within_the_timeout(ranks
 
 
 @faults
+@pytest.mark.fault("T25")
 def test_a_frozen_rank_is_named_by_the_one_that_waited(ranks):
     done = ranks.run("frozen", "--max-restarts", 0, inside={"do": "stop", "rank": 1, "at": [1, "learn", 1], "timeout": 20}, limit=400)
     assert done.returncode == 1, done.stderr
@@ -143,6 +154,7 @@ def test_a_frozen_rank_is_named_by_the_one_that_waited(ranks):
 # T28: clocks ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("T28")
 def test_a_clock_that_runs_backwards_changes_neither_order_nor_ages(tmp_path, monkeypatch):
     clock = iter(range(10**9, 0, -3600))
     monkeypatch.setattr(time, "time", lambda: float(next(clock)))
