@@ -22,7 +22,7 @@ import fastkd
 from fastkd import models, ops, ranks
 from fastkd.assemble.job import Job
 from fastkd.config import SAFE_ON_RESUME
-from fastkd.engine import evaluation, loop, signals
+from fastkd.engine import evaluation, loop, saver, signals
 from fastkd.engine.events import Events, Heartbeat, Listener, curve, final
 from fastkd.engine.folder import locked, prepare, refuse
 from fastkd.errors import CheckpointError, ConfigError, PlaceError, exit_code
@@ -167,7 +167,7 @@ def _execute(job: Job, out: Path | None, *, resume: bool, anew: bool, listeners:
         if code == loop.DONE and out is not None and first:
             reached = summary["student"].get(score)
             last = {**job.metadata, **({"accuracy" if score == "top1" else score: f"{reached:.6f}"} if reached is not None else {})}
-            models.save_weights(out / job.out_name, loop.student_tensors(method.student), last)
+            models.save_weights(out / job.out_name, saver.student_tensors(method.student), last)
     except BaseException as e:
         if out is not None and final(out) is None:  # another rank may have said why already; what follows here is a consequence
             events.status("fatal", code=exit_code(e), reason=str(e))

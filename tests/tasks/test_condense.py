@@ -15,7 +15,7 @@ from safetensors import safe_open
 from fastkd import losses, models
 from fastkd.config import CondenseConfig
 from fastkd.data import condensed, open_set
-from fastkd.engine import loop, state
+from fastkd.engine import loop, saver, state
 from fastkd.engine.events import Events
 from fastkd.errors import ConfigError, InputError
 from fastkd.log import Log
@@ -224,7 +224,7 @@ def worker(rank, world, folder):
         m = made(method=method, ipc=1)
         assert run(m) == 0
         if rank == 0:
-            torch.save({"images": m.images.detach(), "student": loop.student_tensors(m.student)}, f"{folder}/{world}-{method}.pt")
+            torch.save({"images": m.images.detach(), "student": saver.student_tensors(m.student)}, f"{folder}/{world}-{method}.pt")
     if world > 1:
         dist.destroy_process_group()
 
