@@ -82,6 +82,8 @@ def spend(words: Sequence[str], out: Path, budget: float, threads: int = 1) -> S
                         begin, teacher = seconds, event["teacher"]
                     elif event["kind"] == "epoch":
                         points.append((seconds, event))
+                    elif event["kind"] == "done":  # a signal would now only kill what is ending anyway
+                        told = time.monotonic()
                 if ended:
                     break
                 if seconds >= budget and not told:

@@ -22,6 +22,10 @@ from .facts import cpuinfo, revision
 
 COLOURS = ("#1664c0", "#2a8a3e", "#c06a16", "#7a3fb0", "#b33333", "#16898c")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 320, 48, 12, 12, 36
+COLUMN = 130
+"""Width of a column of names beside the curves."""
+DASHES = ("", ' stroke-dasharray="6 3"', ' stroke-dasharray="2 3"')
+"""The second and third time that the colours are used."""
 MARGIN = 1.0
 """Percentage points kept free above and below the curves."""
 
@@ -64,9 +68,22 @@ def measured(run: Path) -> dict[str, Any]:
     return {**{k: summary[k] for k in kept}, **machine, "minutes": round(minutes, 3), "minutes_top1": points}
 
 
-def draw(records: list[dict[str, Any]], *, published: Sequence[dict[str, Any]] = ()) -> str:
-    """The curves as one SVG, the teachers' accuracies and the published figures as dashed lines."""
-    points = [p for r in records for p in r["minutes_top1"]]
+def draw(
+    records: list[dict[str, Any]],
+    key: str = "minutes_top1",
+    label: str = "wall minutes",
+    *,
+    published: Sequence[dict[str, Any]] = (),
+    beside: bool = False,
+) -> str:
+    """The curves as one SVG, the teachers' accuracies and the published figures as dashed lines.
+
+    Args:
+      key: where a record has its [time, top-1 %] points. label: what the time is.
+      beside: names in a column of their own at the right, for more curves than fit inside.
+    """
+    points = [p for r in records for p in r[key]]
+    width = WIDTH + (COLUMN if beside else 0)
     dashed = [(100 * r["teacher"]["top1"], "teacher", "#b33") for r in records if r["teacher"].get("top1")]
     dashed += [(f["value"], f"{f['label']}, published ({f['which']})", "#666") for f in published]
     shown = [p[1] for p in points] + [value for value, _, _ in dashed]
@@ -80,8 +97,8 @@ def draw(records: list[dict[str, Any]], *, published: Sequence[dict[str, Any]] =
         return round(TOP + (HEIGHT - TOP - BOTTOM) * (high - top1) / (high - low), 1)
 
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">'
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}" font-family="sans-serif" font-size="12">'
+        f'<rect width="{width}" height="{HEIGHT}" fill="#fff"/>'
     ]
     for tick in ticks(low, high):
         lines.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick)}" y2="{y(tick)}" stroke="#ddd"/>')
@@ -91,11 +108,17 @@ def draw(records: list[dict[str, Any]], *, published: Sequence[dict[str, Any]] =
         lines.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(top1)}" y2="{y(top1)}" stroke="{colour}" stroke-dasharray="5 4"/>')
         lines.append(text(WIDTH - RIGHT - 2, y(top1) - 5, f"{words} {top1:.2f} %", "end", colour))
     for i, record in enumerate(records):
-        colour = COLOURS[i % len(COLOURS)]
-        path = " ".join(f"{x(m)},{y(t)}" for m, t in record["minutes_top1"])
-        lines.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{path}"/>')
-        lines.append(text(WIDTH - RIGHT - 2, HEIGHT - BOTTOM - 8 - 16 * i, record["name"], "end", colour))
-    lines.append(text((LEFT + WIDTH) / 2, HEIGHT - 6, "wall minutes", "middle"))
+        colour, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
+        path = " ".join(f"{x(m)},{y(t)}" for m, t in record[key])
+        stroke = f'fill="none" stroke="{colour}" stroke-width="2"{dash}'
+        lines.append(f'<polyline {stroke} points="{path}"/>')
+        if beside:
+            at = TOP + 8 + 16 * i
+            lines.append(f'<line {stroke} x1="{WIDTH}" x2="{WIDTH + 24}" y1="{at}" y2="{at}"/>')
+            lines.append(text(WIDTH + 30, at + 4, record["name"], "start", colour))
+        else:
+            lines.append(text(WIDTH - RIGHT - 2, HEIGHT - BOTTOM - 8 - 16 * i, record["name"], "end", colour))
+    lines.append(text((LEFT + WIDTH) / 2, HEIGHT - 6, label, "middle"))
     middle = f'x="14" y="{HEIGHT / 2}" transform="rotate(-90 14 {HEIGHT / 2})" text-anchor="middle" fill="#444"'
     turned = f"<text {middle}>top-1 %, test images</text>"
     return "\n".join([*lines, turned, "</svg>", ""])
