@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 import time
 from pathlib import Path
@@ -31,16 +32,17 @@ LEFT_OUT = {"cde": "needs a condensed set, and none is embedded for digits"}
 
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
-    rows = []
+    kept = older(options)
     for name in options.only or methods.names():
         try:
-            rows.append(measure(name, options))
+            kept[name] = measure(name, options)
         except _budget.BenchError as error:
-            rows.append({"method": name, "reason": str(error)})
-        print(line(rows[-1]), flush=True)
-        _budget.write(options.out / "methods.json", record(rows, options))
+            kept[name] = {"method": name, "reason": str(error)}
+        print(line(kept[name]), flush=True)
+        _budget.write(options.out / "methods.json", record(list(kept.values()), options))
+    rows = list(kept.values())
     print("\n".join(["", *table(rows)]))
-    drawn = [r for r in rows if r.get("seconds_top1")]
+    drawn = [r for r in rows if "top1" in r]
     if drawn:
         (options.out / "methods.svg").write_text(picture(drawn), encoding="utf-8")
     return 0 if drawn else 1
@@ -55,6 +57,16 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--load", default="", metavar="TEXT", help="what else the machine did meanwhile, for the record")
     return made
+
+
+def older(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Rows of the record in --out by method, where it was made with the same budget, threads and seed: a run adds to it."""
+    try:
+        found = json.loads((options.out / "methods.json").read_bytes())
+    except FileNotFoundError:
+        return {}
+    same = (found["budget"], found["threads"], found["seed"]) == (options.seconds, options.threads, options.seed)
+    return {row["method"]: row for row in found["rows"]} if same else {}
 
 
 def settings(name: str) -> dict[str, Any]:
@@ -98,6 +110,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "method": name,
         "command": "fastkd run " + " ".join(command),
         "data": "data" in methods.method_class(name, own).needs,
+        "commit": revision(),
         "code": spent.code,
         "cpu_seconds": round(spent.seconds, 1),
         "evaluation_seconds": round(spent.evaluation, 1),
@@ -113,7 +126,6 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def record(rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
     return {
         "what": "top-1 (%) on 500 test digits against CPU seconds (user + system) of the process, import and teacher included",
-        "commit": revision(),
         "cpu": cpuinfo("model name"),
         "torch": torch.__version__,
         "threads": options.threads,
