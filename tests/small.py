@@ -34,6 +34,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ),
     ("muse", {"resolutions": (8, 16), "generators": "shared", "kd_pool_choice": "pixels", "aed_cap": 1.0, "pool_quant": "none"}),
     ("nayer", {"batch": 2}),
+    ("nayer", {"redraw_noise": False}),
     (
         "fast",
         {"meta": "reptile", "reptile": 1.0, "generator_name": "g_deep", "meta_latent": True, "redraw_every": 2, "loops": 2, "epochs": 2},

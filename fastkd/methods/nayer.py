@@ -48,6 +48,8 @@ class Nayer(PoolMethod):
     """generator learning rate; a fresh Adam every loop"""
     hidden: Count = 1000
     """outputs of a noisy linear layer"""
+    redraw_noise: bool = True
+    """noisy layers are drawn anew every loop; false: drawn once and trained on (the paper's ablation)"""
 
     def check(self) -> None:
         if self.embeddings is None:
@@ -100,7 +102,8 @@ class Nayer(PoolMethod):
 
     @step("synthesis", eager=True)
     def redraw(self, size: int, k: int) -> None:
-        self.G[size].redraw(self.rng.whole("noisy"))
+        if self.redraw_noise:
+            self.G[size].redraw(self.rng.whole("noisy"))
         self.at[size].y.copy_(self.balanced(k))
         self.reset(self.opt_g[size])
         self.at[size].best.reset()

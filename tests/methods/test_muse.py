@@ -91,6 +91,18 @@ def test_redraw_touches_the_noisy_layers_and_recreate_everything():
     assert weights and all(not torch.equal(p, weights[n]) for n, p in m.G[16].named_parameters() if n in weights)
 
 
+def test_noisy_layers_that_are_not_drawn_anew_are_trained_on():
+    m = small.prepared("nayer", {"redraw_noise": False})
+    before = [p.detach().clone() for p in m.G[16].noisy_parameters()]
+    for k in range(2):
+        m.rng.at(0, 0, "redraw", k)
+        m.redraw(16, k)
+        assert all(torch.equal(p, q) for p, q in zip(m.G[16].noisy_parameters(), before))
+    m.rng.at(0, 0, "invert", 0)
+    m.invert(16, False)
+    assert not torch.equal(m.G[16].noisy.weight, before[0])
+
+
 @pytest.mark.parametrize("sizes", [(8,), (16,), (8, 16), (8, 12, 16)])
 @pytest.mark.parametrize("schedule", ["cycle", "random", "remaining"])
 def test_the_pixel_budget_equals_the_hosts(sizes, schedule):
