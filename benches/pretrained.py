@@ -99,6 +99,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "evaluation_seconds": round(spent.evaluation, 1),
         "plan": plan,
         "epochs": len(spent.points),
+        "student_steps": sum(e["trained"] for _, e in spent.points) * {**COMMON, **METHODS[options.method]}["kd_steps"],
         "teacher": {"spec": TEACHER, **spent.teacher},
         "student": STUDENT,
         "top1": curve[-1][1] if curve else None,
