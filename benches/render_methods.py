@@ -79,8 +79,8 @@ def digits(record: Record, figure: str) -> Iterator[str]:
     teacher = next(100 * r["teacher"]["top1"] for r in rows if "teacher" in r)
     yield (
         f"`python -m benches.methods --out DIR --seconds {budget:g}`: the embedded digits teacher ({teacher:.2f} % on 500 test images) → "
-        "`wrn10_1`. Each method runs its recipe NAME-digits, shrunk or stretched along its epochs to what the budget holds; import and teacher "
-        "are part of it. The recipes were made for runs of minutes, some for much longer ones than this.\n"
+        "`wrn10_1`. Each method runs its recipe NAME-digits, shrunk or stretched along its epochs to what the budget holds; import and "
+        "teacher are part of it. The recipes were made for runs of minutes, some for much longer ones than this.\n"
     )
     marks = [budget / 4, budget / 2, budget]
     head = ["method", *(f"top-1 % at {m:g} s" for m in marks[:-1]), "last epoch", "best (selected on test data)", "epochs", "CPU s"]
@@ -103,24 +103,17 @@ def pretrained(runs: list[Record], figure: str) -> Iterator[str]:
     teacher, budget = first["teacher"], first["budget"] / 60
     yield (
         f"`python -m benches.pretrained --data DIR --method NAME --cpu-minutes {budget:g} --out DIR`: `{teacher['spec']}` "
-        f"({100 * teacher['top1']:.2f} % on the 10,000 test images, {teacher['parameters']:,} parameters) → `{first['student']}` from scratch. "
-        f"Every run had {budget:g} CPU minutes, evaluation on all test images after each epoch included.\n"
+        f"({100 * teacher['top1']:.2f} % on the 10,000 test images, {teacher['parameters']:,} parameters) → `{first['student']}` from "
+        f"scratch. Every run had {budget:g} CPU minutes, evaluation on all test images after each epoch included.\n"
     )
     marks = [first["budget"] * k / 4 for k in (1, 2, 3)]
-    head = [
-        "method",
-        *(f"top-1 % at {m / 60:g} min" for m in marks),
-        "last epoch",
-        "epochs",
-        "student steps",
-        "CPU min",
-        "of it evaluation",
-    ]
+    early = [f"top-1 % at {m / 60:g} min" for m in marks]
+    head = ["method", *early, "last epoch", "epochs", "student steps", "CPU min", "of it evaluation"]
     body = []
     for r in runs:
-        early = ["" if (v := methods.at(r, m)) is None else f"{v:.1f}" for m in marks]
+        cells = ["" if (v := methods.at(r, m)) is None else f"{v:.1f}" for m in marks]
         spent = [f"{r['cpu_seconds'] / 60:.1f}", f"{r['evaluation_seconds'] / 60:.1f}"]
-        body.append([r["name"], *early, f"{r['top1']:.2f}", str(r["epochs"]), f"{r['student_steps']:,}", *spent])
+        body.append([r["name"], *cells, f"{r['top1']:.2f}", str(r["epochs"]), f"{r['student_steps']:,}", *spent])
     yield table(head, body)
     yield f"![accuracy against CPU seconds]({figure})\n"
     yield "The runs (DIR is the folder of the data):\n"
@@ -132,9 +125,9 @@ def pretrained(runs: list[Record], figure: str) -> Iterator[str]:
 def parts_off(record: Record) -> Iterator[str]:
     """The ablations."""
     yield (
-        "`python -m benches.ablations --out DIR`: short forms of the digits recipes, as they are and with one switch, same steps and seeds. "
-        "The papers report a lower accuracy without each of these parts; the last column says whether these runs show it. Their budgets are "
-        "a hundredth of the papers', and a difference of one or two points between so few seeds says nothing.\n"
+        "`python -m benches.ablations --out DIR`: short forms of the digits recipes, as they are and with one switch, same steps and "
+        "seeds. The papers report a lower accuracy without each of these parts; the last column says whether these runs show it. They take "
+        "minutes where the papers' take hours, and a difference of one or two points between so few seeds says nothing.\n"
     )
     yield table(ablations.HEAD, [ablations.cells(r) for r in ablations.rows(record["runs"])])
     yield machine(record) + "\n"
@@ -143,9 +136,9 @@ def parts_off(record: Record) -> Iterator[str]:
 def costs(record: Record) -> Iterator[str]:
     """Steps beside their networks' passes."""
     yield (
-        f"`python -m benches.phases --out DIR`: a step as the engine runs it over the passes of its networks alone (the same networks and inputs, "
-        f"forward and backward, and the optimisers' steps), batch {record['batch']}, 3 × 32 × 32, `resnet20` → `wrn10_1`. *ratio*: the teacher gives "
-        "logits only; *with statistics*: it also gives the BN statistics that the step asks for. "
+        f"`python -m benches.phases --out DIR`: a step as the engine runs it over the passes of its networks alone (the same networks and "
+        f"inputs, forward and backward, and the optimisers' steps), batch {record['batch']}, 3 × 32 × 32, `resnet20` → `wrn10_1`. *ratio*: "
+        "the teacher gives logits only; *with statistics*: it also gives the BN statistics that the step asks for. "
         f"Held to {phases.TARGET:.2f}. Steps that call no network (a learning rate, new latents) are not in it; the record lists them.\n"
     )
     rows = [r for r in record["rows"] if "ms" in r]
