@@ -112,7 +112,8 @@ def plan(words: Callable[[int, int], list[str]], out: Path, budget: float, warmu
     """
     spent = spend(words(2, 1 if warmup else 0), out, budget, threads)
     if spent.code or len(spent.points) < 2:
-        why = f"used up {budget:g} CPU seconds" if spent.code == 75 else f"ended with code {spent.code}: {spent.said.strip()[-400:]}"
+        late = spent.code in (75, -signal.SIGTERM)  # the latter: before the run listened to signals
+        why = f"used up {budget:g} CPU seconds" if late else f"ended with code {spent.code}: {spent.said.strip()[-400:]}"
         raise BenchError(f"a probe of two epochs {why}")
     first, last = (seconds for seconds, _ in spent.points)
     making, training = first - spent.start, last - first
