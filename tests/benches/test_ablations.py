@@ -1,0 +1,56 @@
+"""Ablations: their switches exist, and what their runs say is said without flattery."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from benches import _budget, ablations
+from fastkd import config, methods
+
+
+@pytest.mark.parametrize("own", [a for a in ablations.ABLATIONS if a.method in methods.METHODS], ids=lambda a: a.part)
+def test_a_switch_is_a_field_and_changes_the_recipe(own):
+    table = config.resolve(f"{own.method}-digits", {}).method
+    fields = {f.name: f.default for f in dataclasses.fields(methods.method_class(own.method, table))}
+    for text in own.switch:
+        key, value = text.split("=")
+        assert config.parse_value(value) != table.get(key, fields[key])
+
+
+def runs(*values):
+    return [
+        {"method": "fast", "switch": list(switch), "seed": seed, "top1": top1}
+        for seed, pair in enumerate(values)
+        for switch, top1 in zip(((), ("bn=0",)), pair)
+    ]
+
+
+@pytest.mark.parametrize(("values", "said"), [
+    ([(80.0, 70.0), (78.0, 77.0)], "yes"),
+    ([(80.0, 70.0), (78.0, 79.0)], "in 1 of 2 seeds"),
+    ([(80.0, 81.0), (78.0, 77.0)], "no"),
+    ([(80.0, 80.0)], "no"),
+])  # fmt: skip
+def test_what_the_last_column_says(values, said):
+    (row,) = ablations.rows(runs(*values))
+    assert ablations.cells(row)[-1] == said and row["method"] == "fast"
+
+
+def test_a_seed_without_its_counterpart_is_left_out():
+    (row,) = ablations.rows([*runs((80.0, 70.0)), {"method": "fast", "switch": [], "seed": 1, "top1": 10.0}])
+    assert row["whole"] == [80.0] and row["without"] == [70.0] and row["change"] == -10.0
+
+
+def test_the_record_grows_and_old_runs_are_kept(tmp_path, monkeypatch):
+    """Two toy runs; the others of the record are not run again."""
+    monkeypatch.setattr(ablations, "ABLATIONS", ablations.ABLATIONS[:2])
+    old = [{"method": "fast", "switch": s, "seed": 0, "top1": 50.0} for s in ([], ["adv=0"])]
+    _budget.write(tmp_path / "ablations.json", {"runs": old})
+    toy = ["epochs=2", "warmup=1", "batch=10", "g_steps=1", "loops=1", "kd_steps=2", "kd_batch=8"]
+    words = [w for text in toy for w in ("--set", f"method.{text}")]
+    assert ablations.main(["--out", str(tmp_path), "--seeds", "1", *words]) == 0
+    found = json.loads((tmp_path / "ablations.json").read_text())["runs"]
+    assert found[:2] == old and [r["switch"] for r in found[2:]] == [["bn=0"]] and len(found[2]["top1_by_epoch"]) == 1
