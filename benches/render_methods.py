@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import ablations, curve, methods, phases
+from . import ablations, curve, imagenet, methods, phases
 from .render import RESULTS, ROOT, table
 
 PAGE = ROOT / "docs" / "methods.md"
@@ -57,6 +57,8 @@ def files(results: Path) -> dict[Path, str]:
             figure = PAGE.with_name(f"methods-cifar10-{folder.name}.svg")
             out[figure] = curve.draw(runs, "seconds_top1", "CPU seconds")
             parts += [f"## A teacher that nobody here trained, CIFAR-10: {folder.name}\n", *pretrained(runs, figure.name)]
+        for record in filter(None, map(read, sorted(folder.glob("imagenet-*.json")))):
+            parts += [f"## ImageNet networks, {record['teacher']}: {folder.name}\n", *low_resolution(record)]
         for record in filter(None, [read(folder / "ablations.json")]):
             parts += [f"## Parts switched off: {folder.name}\n", *parts_off(record)]
         for record in filter(None, [read(folder / "phases.json")]):
@@ -120,6 +122,17 @@ def pretrained(runs: list[Record], figure: str) -> Iterator[str]:
     yield "```\n" + "\n".join(r["command"] for r in runs) + "\n```\n"
     commits = sorted({r["commit"][:7] for r in runs if r.get("commit")})
     yield f"{machine(first)} {first['precision']}, seed {first['seed']}. Revision {', '.join(commits)}.\n"
+
+
+def low_resolution(record: Record) -> Iterator[str]:
+    """MUSE at low resolutions beside NAYER at the nominal one."""
+    yield (
+        f"`python -m benches.imagenet --data DIR --teacher {record['teacher']} --out DIR`: as many generated pixels with both methods, batch "
+        f"{record['batch']}, {record['g_steps']} generator steps a loop, no adversary. *Named as meant*: stored images that the teacher gives "
+        "the label they were made for, of 1,000.\n"
+    )
+    yield table(imagenet.HEAD, [imagenet.cells(r) for r in record["rows"]])
+    yield f"{machine(record)} {record['precision']}. Revision {str(record['commit'])[:7]}.\n"
 
 
 def parts_off(record: Record) -> Iterator[str]:
