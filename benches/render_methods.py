@@ -128,8 +128,8 @@ def low_resolution(record: Record) -> Iterator[str]:
     """MUSE at low resolutions beside NAYER at the nominal one."""
     yield (
         f"`python -m benches.imagenet --data DIR --teacher {record['teacher']} --out DIR`: as many generated pixels with both methods, "
-        f"batch {record['batch']}, {record['g_steps']} generator steps a loop, no adversary. *Named as meant*: stored images that the teacher "
-        "gives the label, of 1,000, that they were made for.\n"
+        f"batch {record['batch']}, {record['g_steps']} generator steps a loop, no adversary. *Named as meant*: stored images that the "
+        "teacher gives the label, of 1,000, that they were made for.\n"
     )
     yield table(imagenet.HEAD, [imagenet.cells(r) for r in record["rows"]])
     yield f"{machine(record)} {record['precision']}. Revision {str(record['commit'])[:7]}.\n"
