@@ -26,7 +26,7 @@ WARMUP = 0.08
 """Share of the epochs in which only images are made."""
 INVERSION = {"gwp_loops": 5, "g_loops": 1, "g_steps": 15, "g_life": 1000}
 METHODS: dict[str, dict[str, Any]] = {
-    "noise": {"n_images": 20_000, "kd_steps": 250},
+    "noise": {"n_images": 20_000},
     "fast": {"loops": 4, "g_steps": 5},
     "nayer": INVERSION,
     "muse": INVERSION,
