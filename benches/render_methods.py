@@ -115,7 +115,8 @@ def pretrained(runs: list[Record], figure: str) -> Iterator[str]:
     for r in runs:
         cells = ["" if (v := methods.at(r, m)) is None else f"{v:.1f}" for m in marks]
         spent = [f"{r['cpu_seconds'] / 60:.1f}", f"{r['evaluation_seconds'] / 60:.1f}"]
-        body.append([r["name"], *cells, f"{r['top1']:.2f}", str(r["epochs"]), f"{r['student_steps']:,}", *spent])
+        name = r["name"] if r["code"] == 0 else f"{r['name']} (stopped before the end of its schedule)"
+        body.append([name, *cells, f"{r['top1']:.2f}", str(r["epochs"]), f"{r['student_steps']:,}", *spent])
     yield table(head, body)
     yield f"![accuracy against CPU seconds]({figure})\n"
     yield "The runs (DIR is the folder of the data):\n"
