@@ -33,7 +33,7 @@ def pretrained(name, top1):
             "cpu_seconds": 594.0,
             "code": 0,
         },
-        **{"evaluation_seconds": 12.0, "command": f"fastkd run --method {name}", "precision": "bf16", "commit": "abcdef0"},
+        **{"code": 0, "evaluation_seconds": 12.0, "command": f"fastkd run --method {name}", "precision": "bf16", "commit": "abcdef0"},
     }
 
 
