@@ -149,6 +149,15 @@ def tail(path: Path, at: int) -> tuple[int, list[dict[str, Any]]]:
     return at + len(whole), list(parsed(whole.splitlines()))
 
 
+def older(path: Path, **same: Any) -> dict[str, Any]:
+    """The record at `path`, so that a run can add to it; {} where there is none, or where it differs in one of the fields `same`."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    return found if all(found.get(k) == v for k, v in same.items()) else {}
+
+
 def write(path: Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -85,10 +84,7 @@ def wanted(options: argparse.Namespace) -> list[Ablation]:
 
 def older(options: argparse.Namespace) -> dict[tuple[str, tuple[str, ...], int], dict[str, Any]]:
     """Runs of the record in --out: a run of the bench adds to it."""
-    try:
-        found = json.loads((options.out / "ablations.json").read_bytes())["runs"]
-    except FileNotFoundError:
-        return {}
+    found = _budget.older(options.out / "ablations.json").get("runs", [])
     return {(r["method"], tuple(r["switch"]), r["seed"]): r for r in found}
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from pathlib import Path
@@ -61,12 +60,8 @@ def parser() -> argparse.ArgumentParser:
 
 def older(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Rows of the record in --out by method, where it was made with the same budget, threads and seed: a run adds to it."""
-    try:
-        found = json.loads((options.out / "methods.json").read_bytes())
-    except FileNotFoundError:
-        return {}
-    same = (found["budget"], found["threads"], found["seed"]) == (options.seconds, options.threads, options.seed)
-    return {row["method"]: row for row in found["rows"]} if same else {}
+    same = {"budget": options.seconds, "threads": options.threads, "seed": options.seed}
+    return {row["method"]: row for row in _budget.older(options.out / "methods.json", **same).get("rows", [])}
 
 
 def settings(name: str) -> dict[str, Any]:

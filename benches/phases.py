@@ -40,7 +40,16 @@ TARGET = 1.10
 SHAPE, CLASSES = (3, 32, 32), 10
 FIELDS: dict[str, Any] = {
     **{"warmup": 1, "kd_steps": 2, "g_steps": 2, "g_loops": 1, "gwp_loops": 1, "loops": 1, "rounds": 1},
-    **{"iterations": 2, "s_steps": 2, "vae_steps": 1, "push_period": 1, "milestones": (1,), "adi_period": 1, "bank_rows": 512},
+    **{
+        "iterations": 2,
+        "s_steps": 2,
+        "vae_steps": 1,
+        "push_period": 1,
+        "milestones": (1,),
+        "adi_period": 1,
+        "bank_rows": 512,
+        "bank_draw": 256,
+    },
 }
 """Whichever of these a method has: few steps an epoch. What decides a step's cost stays as the method has it, but for the batch."""
 
@@ -48,21 +57,23 @@ FIELDS: dict[str, Any] = {
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     torch.set_num_threads(options.threads)
-    rows: list[dict[str, Any]] = []
-    for name in options.only or methods.names():
+    wanted = options.only or methods.names()
+    same = {"batch": options.batch, "threads": options.threads}
+    rows = [r for r in _budget.older(options.out / "phases.json", **same).get("rows", []) if r["method"] not in wanted]
+    for name in wanted:
         try:
-            rows += measure(name, options.batch, options.epochs)
+            rows += [{**row, "commit": revision()} for row in measure(name, options.batch, options.epochs)]
         except Exception as error:  # what a method needs and does not get here is its row's reason
             rows.append({"method": name, "reason": one_line(error)})
         print(f"{name}: {' '.join(said(r) for r in rows if r['method'] == name)}", flush=True)
-    _budget.write(options.out / "phases.json", record(rows, options))
+        _budget.write(options.out / "phases.json", record(rows, options))
     print("\n".join(["", *table(rows)]))
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benches.phases", description="Cost of the methods' steps over that of their networks.")
-    made.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for phases.json")
+    made.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for phases.json; a run adds to it")
     made.add_argument("--only", choices=methods.names(), action="append", default=[], help="this method only; may be given again")
     made.add_argument("--batch", type=int, default=128, metavar="N", help="images of every step")
     made.add_argument("--epochs", type=int, default=3, metavar="N", help="measured epochs")
@@ -74,7 +85,6 @@ def parser() -> argparse.ArgumentParser:
 def record(rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
     return {
         "what": "CPU milliseconds of a step, by phase, and of the network passes and optimiser steps in it alone",
-        "commit": revision(),
         "cpu": cpuinfo("model name"),
         "torch": torch.__version__,
         "threads": options.threads,

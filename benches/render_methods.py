@@ -95,8 +95,7 @@ def digits(record: Record, figure: str) -> Iterator[str]:
     yield table(head, body)
     yield from (f"`{r['method']}`: not run; {r['reason']}.\n" for r in rows if "reason" in r)
     yield f"![accuracy against CPU seconds]({figure})\n"
-    commits = sorted({r["commit"][:7] for r in rows if r.get("commit")})
-    yield f"{machine(record)} Seed {record['seed']}. Revision {', '.join(commits)}.\n"
+    yield f"{machine(record)} Seed {record['seed']}. Revision {revisions(rows)}.\n"
 
 
 def pretrained(runs: list[Record], figure: str) -> Iterator[str]:
@@ -121,8 +120,7 @@ def pretrained(runs: list[Record], figure: str) -> Iterator[str]:
     yield f"![accuracy against CPU seconds]({figure})\n"
     yield "The runs (DIR is the folder of the data):\n"
     yield "```\n" + "\n".join(r["command"] for r in runs) + "\n```\n"
-    commits = sorted({r["commit"][:7] for r in runs if r.get("commit")})
-    yield f"{machine(first)} {first['precision']}, seed {first['seed']}. Revision {', '.join(commits)}.\n"
+    yield f"{machine(first)} {first['precision']}, seed {first['seed']}. Revision {revisions(runs)}.\n"
 
 
 def low_resolution(record: Record) -> Iterator[str]:
@@ -144,7 +142,7 @@ def parts_off(record: Record) -> Iterator[str]:
         "minutes where the papers' take hours, and a difference of one or two points between so few seeds says nothing.\n"
     )
     yield table(ablations.HEAD, [ablations.cells(r) for r in ablations.rows(record["runs"])])
-    yield machine(record) + "\n"
+    yield f"{machine(record)} Revision {revisions(record['runs'])}.\n"
 
 
 def costs(record: Record) -> Iterator[str]:
@@ -164,7 +162,12 @@ def costs(record: Record) -> Iterator[str]:
         body.append([r["method"], r["phase"], " ".join(r["steps"]), *times, held])
     yield table(head, body)
     yield from (f"`{r['method']}`: not run; {r['reason']}.\n" for r in record["rows"] if "reason" in r)
-    yield f"{machine(record)} Revision {str(record['commit'])[:7]}.\n"
+    yield f"{machine(record)} Revision {revisions(rows)}.\n"
+
+
+def revisions(rows: list[Record]) -> str:
+    """Those that measured the rows."""
+    return ", ".join(sorted({str(r["commit"])[:7] for r in rows if r.get("commit")}))
 
 
 if __name__ == "__main__":

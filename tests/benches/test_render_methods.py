@@ -51,7 +51,7 @@ def test_the_committed_files_are_what_the_records_say():
 def test_records_become_tables_and_figures(tmp_path):
     runs = [{"method": "fast", "switch": s, "seed": 0, "top1": t} for s, t in (([], 80.0), (["bn=0"], 60.0))]
     row = {"method": "fast", "phase": "synthesis", "steps": ["adapt"], "ms": 110.4, "passes_ms": 92.0, "passes_with_statistics_ms": 104.0}
-    phases = {**COMMON, "batch": 128, "commit": "abcdef0", "rows": [{**row, "ratio": 1.2, "ratio_with_statistics": 1.062}]}
+    phases = {**COMMON, "batch": 128, "rows": [{**row, "commit": "abcdef0", "ratio": 1.2, "ratio_with_statistics": 1.062}]}
     put(
         tmp_path / "cpu-2-cores",
         **{"methods": digits(), "pretrained_fast": pretrained("fast", 50.25), "pretrained_noise": pretrained("noise", 10.5)},
