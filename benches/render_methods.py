@@ -131,6 +131,8 @@ def low_resolution(record: Record) -> Iterator[str]:
         "teacher gives the label, of 1,000, that they were made for.\n"
     )
     yield table(imagenet.HEAD, [imagenet.cells(r) for r in record["rows"]])
+    if not any(r["named"] for r in record["rows"]):
+        yield "No image was named as meant: runs this short say what a step costs, and nothing about the images.\n"
     yield f"{machine(record)} {record['precision']}. Revision {str(record['commit'])[:7]}.\n"
 
 

@@ -69,6 +69,16 @@ def test_records_become_tables_and_figures(tmp_path):
     assert "not for this page" not in page
 
 
+def test_an_image_net_run_without_a_hit_claims_nothing(tmp_path):
+    row = {"method": "muse", "size": 64, "steps": 100, "step_seconds": 0.5, "cpu_seconds": 50.0, "images": 40, "megapixels": 0.16}
+    about = {**COMMON, "teacher": "efficientnet_lite0", "batch": 8, "g_steps": 20, "precision": "bf16", "commit": "abcdef0"}
+    for named, claim in ((0.0, True), (0.25, False)):
+        put(tmp_path / str(named) / "cpu", **{"imagenet_x": {**about, "rows": [{**row, "named": named}]}})
+        page = render_methods.files(tmp_path / str(named))[render_methods.PAGE]
+        assert f"| muse | 64 | 100 | 0.500 | 50 | 40 | 0.16 | {100 * named:.1f} % |" in page
+        assert ("nothing about the images" in page) == claim
+
+
 def test_without_records_the_page_has_its_head_only(tmp_path):
     assert render_methods.files(tmp_path) == {render_methods.PAGE: render_methods.HEAD}
 
