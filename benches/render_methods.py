@@ -105,14 +105,14 @@ def pretrained(runs: list[Record], figure: str) -> Iterator[str]:
     yield (
         f"`python -m benches.pretrained --data DIR --method NAME --cpu-minutes {budget:g} --out DIR`: `{teacher['spec']}` "
         f"({100 * teacher['top1']:.2f} % on the 10,000 test images, {teacher['parameters']:,} parameters) → `{first['student']}` from "
-        f"scratch. Every run had {budget:g} CPU minutes, evaluation on all test images after each epoch included.\n"
+        f"scratch. Each run's budget was {budget:g} CPU minutes, evaluation on all test images after each epoch included.\n"
     )
     marks = [first["budget"] * k / 4 for k in (1, 2, 3)]
     early = [f"top-1 % at {m / 60:g} min" for m in marks]
     head = ["method", *early, "last epoch", "epochs", "student steps", "CPU min", "of it evaluation"]
     body = []
     for r in runs:
-        cells = ["" if (v := methods.at(r, m)) is None else f"{v:.1f}" for m in marks]
+        cells = ["" if (v := methods.at(r, m)) is None or m > r["cpu_seconds"] else f"{v:.1f}" for m in marks]
         spent = [f"{r['cpu_seconds'] / 60:.1f}", f"{r['evaluation_seconds'] / 60:.1f}"]
         name = r["name"] if r["code"] == 0 else f"{r['name']} (stopped before the end of its schedule)"
         body.append([name, *cells, f"{r['top1']:.2f}", str(r["epochs"]), f"{r['student_steps']:,}", *spent])
