@@ -28,6 +28,7 @@ INVERSION = {"gwp_loops": 5, "g_loops": 1, "g_steps": 15, "g_life": 1000}
 METHODS: dict[str, dict[str, Any]] = {
     "noise": {"n_images": 20_000},
     "fast": {"loops": 4, "g_steps": 5},
+    "ssd": {"loops": 4, "g_steps": 5},
     "nayer": INVERSION,
     "muse": INVERSION,
 }
