@@ -119,8 +119,9 @@ def test_what_does_not_need_it_runs(name: str, teacher, real) -> None:
 
 @pytest.mark.parametrize("name", NEED_BN)
 def test_without_the_batchnorm_term_the_others_run_too(name: str, teacher) -> None:
-    """So do MUSE and CMI once the terms are off that these teachers cannot give; until then one sentence names the setting."""
-    off = {"muse": {"a_cam": 0.0}, "cmi": {"cr": 0.0}}.get(name, {})
+    """So do MUSE and CMI once the terms are off that these teachers cannot give, and CDE without a condensed set; until then one sentence
+    names the setting."""
+    off = {"muse": {"a_cam": 0.0}, "cmi": {"cr": 0.0}, "cde": {"lambda_fa": 0.0}}.get(name, {})
     if name == "muse" and teacher["spec"].endswith("convnext"):
         off = {}  # a map, global pooling and a linear head: CAM is exact
     if off:
