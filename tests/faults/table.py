@@ -31,7 +31,7 @@ class Fault(NamedTuple):
 
 
 FAULTS = {n: Fault(**row) for n, row in tomllib.loads((Path(__file__).parent / "faults.toml").read_text(encoding="utf-8")).items()}
-"""By its number in the project's list of faults."""
+"""By its number in `faults.toml`."""
 
 
 def sums(record: dict[str, Any]) -> dict[str, tuple[int, int]]:
