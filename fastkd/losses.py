@@ -167,11 +167,6 @@ def adv_kl(teacher: Tensor, student: Tensor) -> Tensor:
     return -kl_tau(teacher, student, 1.0)
 
 
-def adv_kl_elem(teacher: Tensor, student: Tensor, tau: float = 1.0) -> Tensor:
-    """-`kl_elem` (ZSKT); gradient flows through both networks' logits."""
-    return -kl_elem(teacher, student, tau)
-
-
 def adv_l1(teacher: Tensor, student: Tensor) -> Tensor:
     """-`l1_logit` (DFAD); gradient flows through both networks' logits."""
     return -l1_logit(teacher, student)

@@ -31,7 +31,7 @@ class Call:
 
 @dataclass
 class PoolMethod(StudentPhase):
-    """Inversion into an append-only pool of 8-bit images, then distillation on it (substrate 3, 5, 6)."""
+    """Inversion into an append-only pool of 8-bit images, then distillation on it."""
 
     oh: Weight = 0.5
     """weight of the one-hot loss CE(t, y)"""

@@ -121,10 +121,6 @@ class NoisyGenerator(Generator):
         x = self.l0(self.noisy(self.bn(self.table[labels])))
         return self.head(self.body(self.bn0(self.conv0(self.unflatten(x)))))
 
-    def noisy_parameters(self) -> list[nn.Parameter]:
-        """Weight [n, hidden, d_e] and bias [n, hidden] of the noisy layers."""
-        return [self.noisy.weight, self.noisy.bias]
-
     def redraw(self, generator: torch.Generator | None = None) -> None:
         """Noisy weights N(0, 1) from `generator`, their biases 0; nothing else changes."""
         self.noisy.redraw(generator)

@@ -73,7 +73,7 @@ def test_a_batch_below_the_classes_takes_slices_of_shuffled_lists():
 
 def test_redraw_touches_the_noisy_layers_and_recreate_everything():
     m = small.prepared("nayer")
-    noisy = {id(p) for p in m.G[16].noisy_parameters()}
+    noisy = {id(p) for p in m.G[16].noisy.parameters()}
     before = {n: p.detach().clone() for n, p in m.G[16].named_parameters()}
     m.rng.at(0, 5, "redraw", 0)
     m.redraw(16, 0)

@@ -116,7 +116,7 @@ def test_index_maps_are_no_state_but_follow_the_module():
 
 def test_redraw_touches_only_the_noisy_layers():
     g = small()
-    noisy = {id(p) for p in g.noisy_parameters()}
+    noisy = {id(p) for p in g.noisy.parameters()}
     assert len(noisy) == 2
     with torch.no_grad():
         g.noisy.bias.fill_(1)
@@ -143,7 +143,7 @@ def test_the_same_seed_gives_the_same_images_and_another_seed_others():
 
 def test_reinit_changes_everything_else():
     g = small()
-    noisy = {id(p) for p in g.noisy_parameters()}
+    noisy = {id(p) for p in g.noisy.parameters()}
     with torch.no_grad():
         for p in g.parameters():
             p.add_(1)
