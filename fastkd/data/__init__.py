@@ -63,7 +63,7 @@ DATASETS: dict[str, DatasetEntry] = {
         "Tiny-ImageNet, the folder tiny-imagenet-200", 200, 3, 64, "tiny-imagenet", "fastkd.data.tiny_imagenet:read", "dir", sized=True
     ),
     "imagenet": DatasetEntry(
-        "ImageNet-1k, folders train and val", 1000, 3, 224, "imagenet", "fastkd.data.ilsvrc:read", "dir", True, 28, sized=True
+        "ImageNet-1k, folders train and val", 1000, 3, 224, "imagenet", "fastkd.data.imagenet:read", "dir", True, 28, sized=True
     ),
     "nyuv2": DatasetEntry(
         "NYUv2, labels of pixels, 13 classes", 13, 3, 128, "half", "fastkd.data.nyuv2:read", "dir", True, 16, sized=True, dense=True
@@ -77,7 +77,7 @@ DATASETS: dict[str, DatasetEntry] = {
         3,
         224,
         "imagenet",
-        "fastkd.data.imagenet:read",
+        "fastkd.data.imagenet_compat:read",
         "dir",
         True,
         28,
