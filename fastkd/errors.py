@@ -55,6 +55,8 @@ class StartAgain(FastkdError):
 
 
 OUT_OF_MEMORY = NoMemoryError.exit_code
+STOPPED = 75
+"""Exit code of what stopped early with a checkpoint: start it again to continue (EX_TEMPFAIL of sysexits.h)."""
 
 
 def no_memory(e: BaseException) -> bool:

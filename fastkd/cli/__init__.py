@@ -8,6 +8,6 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code (see docs/cli.md); `argv` defaults to the process's own."""
     from fastkd.cli.app import app
-    from fastkd.cli.guard import guarded
+    from fastkd.cli.exits import guarded
 
     return guarded(lambda: app.invoked(argv))

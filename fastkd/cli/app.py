@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from fastkd import __version__
-from fastkd.cli.guard import guarded
+from fastkd.cli.exits import guarded
 from fastkd.errors import ConfigError, unknown
 
 COMMANDS = {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from fastkd.cli import guard
+from fastkd.cli import exits
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -33,7 +33,7 @@ def verb(name: str, **settings: Any) -> Callable[[Callable[..., Any]], click.Com
 
 def _debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value:
-        guard.wanted["debug"] = True
+        exits.wanted["debug"] = True
 
 
 def say(text: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastkd.cli.common import Numbers, checked, data_word, emit, out_folder, say, stored, table, verb
-from fastkd.errors import ConfigError
+from fastkd.errors import STOPPED, ConfigError
 
 if TYPE_CHECKING:
     from fastkd.config import CondenseConfig
@@ -81,6 +81,6 @@ def condense(config: CondenseConfig, out: Path, resume: str, as_json: bool) -> i
     else:
         words = ["fastkd", "run", "--method", "cde", "--condensed", str(out), "--teacher-weights", "FILE", "--student", "SPEC"]
         summary.show(outcome.summary, out, outcome.code, shlex.join(words))
-    if outcome.code == run.STOPPED:
+    if outcome.code == STOPPED:
         say(f"stopped with a checkpoint; continue with: {how}")
     return outcome.code

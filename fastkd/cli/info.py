@@ -73,11 +73,12 @@ def gpu(i: int) -> str:
 
 def compiled() -> str:
     """Whether the native part is built, and what it says of itself."""
-    try:
-        native = importlib.import_module("fastkd._C")
-    except ImportError as e:
-        return f"not built ({e}); ops run as plain torch. Install with a C++ compiler: pip install ."
-    return "built: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in native.build_info().items() if value)
+    from fastkd import ops
+
+    said = ops.build_info()
+    if "reason" in said:
+        return f"{said['reason']}; ops run as plain torch"
+    return "built: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in said.items() if value)
 
 
 def version(name: str) -> str:
@@ -111,12 +112,14 @@ def hints(free: int) -> list[str]:
     """What to look at."""
     import torch
 
+    from fastkd import ops
+
     said = []
     if free < 2 * 10**9:
         said.append(f"only {size(free)} are free here; a run with large pools saves more than that")
     if torch.cuda.is_available() and torch.version.cuda is None:
         said.append("this torch was not built with CUDA")
-    if importlib.util.find_spec("fastkd._C") is None:
+    if "reason" in ops.build_info():
         said.append("the compiled part is missing: runs work, more slowly")
     return said
 

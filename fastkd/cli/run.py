@@ -13,12 +13,11 @@ from fastkd.cli import several
 from fastkd.cli.common import Duration, data_word, emit, out_folder, say, stored, table, verb
 from fastkd.cli.deciding import KEYS, deciding
 from fastkd.engine import launch
-from fastkd.errors import ConfigError, FastkdError
+from fastkd.errors import STOPPED, ConfigError, FastkdError
 
 if TYPE_CHECKING:
     from fastkd.config import RunConfig
 
-STOPPED = several.STOPPED
 CONTINUE = "continue from the last checkpoint with"
 
 

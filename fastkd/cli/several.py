@@ -7,18 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastkd.cli import guard
+from fastkd.cli import exits
 from fastkd.cli.common import emit, say
 from fastkd.cli.follow import Follower
 from fastkd.engine import launch
-from fastkd.errors import CheckpointError, ConfigError, exit_code
+from fastkd.errors import STOPPED, CheckpointError, ConfigError, exit_code
 
 if TYPE_CHECKING:
     from fastkd.config import RunConfig
 
 GRACE = 120
 """Seconds that ranks have for their checkpoint after a stop signal."""
-STOPPED = 75
 
 
 def on_gpu(config: RunConfig) -> bool:
@@ -89,12 +88,12 @@ def one_of_them(config: RunConfig, out: Path, work: Callable[[], int]) -> int:
             return work()
         except Exception as e:
             # While the group still stands: when it falls, the others see in status.json that theirs is no crash.
-            if ours and exit_code(e) != guard.UNEXPECTED and events.final(out) is None:
+            if ours and exit_code(e) != exits.UNEXPECTED and events.final(out) is None:
                 events.Events(out).status("fatal", code=exit_code(e), reason=str(e))
             raise
 
     with launch.joined(on_gpu(config)) as own:
-        code = guard.attempted(said)
+        code = exits.attempted(said)
         if code not in (0, STOPPED):
             code = 0 if ours and events.final(out) else code
             if own:

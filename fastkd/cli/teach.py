@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastkd.cli.common import Numbers, checked, data_word, emit, model_names, out_folder, say, stored, table, verb
-from fastkd.errors import ConfigError
+from fastkd.errors import STOPPED, ConfigError
 
 if TYPE_CHECKING:
     from fastkd.config import TeachConfig
@@ -85,6 +85,6 @@ def train(config: TeachConfig, out: Path, resume: str, as_json: bool) -> int:
     else:
         following = shlex.join(["fastkd", "run", "--teacher-weights", str(out), "--data", config.data, "--student", "SPEC"])
         summary.show(outcome.summary, out, outcome.code, following)
-    if outcome.code == run.STOPPED:
+    if outcome.code == STOPPED:
         say(f"stopped with a checkpoint; continue with: {how}")
     return outcome.code

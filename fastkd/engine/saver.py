@@ -14,12 +14,9 @@ from fastkd.engine import checkpoint, evaluation, state
 from fastkd.engine.events import Events
 from fastkd.engine.folder import why
 from fastkd.engine.settings import Settings
-from fastkd.errors import CheckpointError
+from fastkd.errors import STOPPED, CheckpointError
 from fastkd.files import tensor_bytes, write_atomic
 from fastkd.method import Method
-
-PREEMPTED = 75
-"""Exit code of a run that was stopped with a checkpoint."""
 
 
 class Saver:
@@ -87,7 +84,7 @@ class Saver:
         self.save(position, done)
         if self.failed and self.out is not None and not checkpoint.listed(self.out / "checkpoints"):
             raise CheckpointError(f"stopped at step {done}, and no checkpoint could be written to '{self.out}'; nothing can be continued.")
-        return PREEMPTED
+        return STOPPED
 
     def _student(self) -> dict[str, Tensor]:
         return student_tensors(self.method.student)

@@ -1,1 +1,1 @@
-"""What is no distillation run but is walked by the same loop: training a teacher."""
+"""What is no distillation run: training a teacher and condensing real data, walked by the same loop, and the plan of a run."""

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from fastkd.cli.app import app
-from fastkd.cli.guard import DEBUG
+from fastkd.cli.exits import DEBUG
 
 STUDENT = ("method.epochs=3", "method.warmup=1", "method.kd_steps=3", "method.kd_batch=32", "method.batch=32")
 """Settings of the student phase that make any digits recipe a matter of seconds."""

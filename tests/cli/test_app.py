@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from fastkd.cli import guard
+from fastkd.cli import exits
 from fastkd.cli.app import COMMANDS
-from fastkd.cli.run import KEYS, STOPPED
+from fastkd.cli.run import KEYS
 from fastkd.config import CondenseConfig, RunConfig, TeachConfig
-from fastkd.errors import FastkdError
+from fastkd.errors import STOPPED, FastkdError
 from tests.cli.conftest import environment, one_sentence
 
 WITHOUT_TORCH = """
@@ -126,5 +126,5 @@ def test_completion_script_calls_the_program(cli, shell_name: str) -> None:
 def test_documentation_names_every_command_and_exit_code() -> None:
     text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
     assert all(f"| `fastkd {name}" in text for name in COMMANDS)
-    codes = {e.exit_code for e in FastkdError.__subclasses__()} | {0, FastkdError.exit_code, guard.OUT_OF_MEMORY, STOPPED}
+    codes = {e.exit_code for e in FastkdError.__subclasses__()} | {0, FastkdError.exit_code, exits.OUT_OF_MEMORY, STOPPED}
     assert all(f"| {code} |" in text for code in codes)

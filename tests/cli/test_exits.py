@@ -8,7 +8,7 @@ import sys
 import click
 import pytest
 
-from fastkd.cli.guard import DEBUG, guarded
+from fastkd.cli.exits import DEBUG, guarded
 from fastkd.errors import CheckpointError, ConfigError, FastkdError, InputError, NumericalError, PlaceError
 
 
