@@ -14,7 +14,7 @@ from torch import nn
 import fastkd
 from fastkd import data, models
 from fastkd.config import RunConfig, TeacherConfig
-from fastkd.data.constants import CONSTANTS
+from fastkd.data.constants import constants
 from fastkd.errors import ConfigError, InputError
 from fastkd.models.metadata import channels_of
 
@@ -133,7 +133,7 @@ def load_network(config: TeacherConfig, default_data: str | None = None, *, what
     mean, std = known("mean", config.mean), known("std", config.std)
     size = known("input_size", config.input_size, entry.size if entry else None)
     if mean is None or std is None:
-        example = CONSTANTS[entry.constants if entry else "imagenet"]
+        example = constants(entry.constants if entry else "imagenet")
         raise ConfigError(
             f"the normalisation of '{config.weights}' is not known; expected --mean and --std as the {what} was trained, "
             f"such as --mean {','.join(map(str, example.mean))} --std {','.join(map(str, example.std))}"

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastkd.data.constants import constants
 from fastkd.data.names import printable
 from fastkd.errors import ConfigError, InputError, nearest, unknown
 
@@ -31,9 +33,10 @@ class DatasetEntry:
     Attributes:
       description: what it is, in a few words.
       classes, channels, size: number of classes, of channels, and the side of an image in pixels.
-      constants: key in `fastkd.data.constants.CONSTANTS`.
-      reader: "module:function", called with (path or None, split, progress); with `sized` also with size= (int or None).
-      flip, pad: whether an image may be mirrored, and by how many pixels a crop is padded.
+      constants: key in `fastkd.data.constants.CONSTANTS`, of the set's mean and standard deviation.
+      reader: "module:function", called with (path or None, split, progress); with `sized` also with size= (int or None). It gives images,
+        labels and names; what stands in this table, `open_set` adds.
+      flip, pad: whether an image may be mirrored, and by how many pixels a crop of `size` is padded; in proportion at another size.
       needs: "" (comes with fastkd), "dir" (NAME:DIR only) or "dir?" (DIR has a default).
       sized: the reader decodes at the size that is wanted, so that a large set is never held at another one.
       dense: labels of pixels; `size` is then that of the crops a network is trained on, and images are larger (`data.dense`).
@@ -146,7 +149,7 @@ def open_set(
     name, path = _split(spec)
     if name == "none":
         return None
-    from fastkd.data.image_set import check_wish, convert
+    from fastkd.data.image_set import check_wish, convert, padding
 
     check_wish(size, channels)
     if name is None:
@@ -155,6 +158,7 @@ def open_set(
         assert path is not None
         return read_folder(path, split, size=size, channels=channels or 3, progress=progress)
     entry = DATASETS[name]
+    mean, std, _ = constants(entry.constants)
     module, _, function = entry.reader.partition(":")
     read = getattr(importlib.import_module(module), function)
     try:
@@ -162,6 +166,8 @@ def open_set(
     except OSError as error:
         where = printable(str(error.filename or path))
         raise InputError(f"'{where}' cannot be read: {error.strerror or type(error).__name__}") from None
+    pad = padding(entry.pad, entry.size, size if entry.sized and size else entry.size)
+    found = dataclasses.replace(found, mean=mean, std=std, flip=entry.flip, pad=pad)
     return convert(found, None if entry.sized else size, channels)
 
 

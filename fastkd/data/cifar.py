@@ -17,7 +17,6 @@ from PIL import Image
 
 from fastkd.data import strict_pickle
 from fastkd.data.class_names import CIFAR10, CIFAR100
-from fastkd.data.constants import CONSTANTS
 from fastkd.data.image_set import ImageSet
 from fastkd.errors import InputError
 
@@ -180,17 +179,12 @@ def _read(kind: _Kind, path: Path | None, split: str) -> ImageSet:
     notes = []
     if len(pixels) != kind.published(split):
         notes.append(f"{len(pixels)} images, the published {split} set of {kind.name} has {kind.published(split)}")
-    constants = CONSTANTS[kind.name]
     return ImageSet(
         name=kind.name,
         split=split,
         images=torch.from_numpy(pixels),
         labels=torch.from_numpy(target),
         class_names=list(kind.class_names),
-        mean=constants.mean,
-        std=constants.std,
-        flip=True,
-        pad=4,
         attribution=f"CIFAR-{len(kind.class_names)}: A. Krizhevsky, 2009, Learning Multiple Layers of Features from Tiny Images",
         notes=notes,
     )

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from fastkd.errors import ConfigError, unknown
+
 
 class Constants(NamedTuple):
     """Mean and standard deviation, one value a channel, and who uses them."""
@@ -37,3 +39,14 @@ CONSTANTS: dict[str, Constants] = {
     ),
     "half": Constants(_HALF3, _HALF3, "DFAD and Fast on NYUv2 and CamVid; MetaQuant on CIFAR-100"),
 }
+
+
+def constants(key: str) -> Constants:
+    """The constants of a key.
+
+    Raises:
+      ConfigError: there are none, with the nearest.
+    """
+    if key not in CONSTANTS:
+        raise ConfigError(unknown("normalisation constants", key, CONSTANTS))
+    return CONSTANTS[key]

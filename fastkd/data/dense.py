@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastkd.data.constants import CONSTANTS
 from fastkd.data.decode import Progress, each, header, open_picture, quiet
 from fastkd.data.folder import ENDINGS
 from fastkd.data.image_set import IGNORE, ImageSet
@@ -74,17 +73,12 @@ def read_pairs(
         notes.append(f"{len(pairs)} images, the published {split} set of {name} has {published}")
     if new != (h, w):
         notes.append(f"images of {h} x {w} were resized to {new[0]} x {new[1]}: bilinear, labels to the nearest")
-    constants = CONSTANTS["half"]
     return ImageSet(
         name=name,
         split=split,
         images=torch.from_numpy(images)[keep],
         labels=torch.from_numpy(labels)[keep].long(),
         class_names=list(class_names),
-        mean=constants.mean,
-        std=constants.std,
-        flip=True,
-        pad=max(1, size // 8),
         attribution=attribution,
         notes=notes,
     )

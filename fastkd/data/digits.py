@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from fastkd.data.class_names import DIGITS
-from fastkd.data.constants import CONSTANTS
 from fastkd.data.image_set import ImageSet
 
 FILE = Path(__file__).resolve().parent / "digits.npz"
@@ -43,16 +42,11 @@ def read(path: Path | None, split: str, progress: object = None) -> ImageSet:
         keep = file["test"] == (split == "test")
         counts, labels, attribution = file["images"][keep], file["labels"][keep], str(file["attribution"])
     images = np.rint(counts * (255 / 16)).astype(np.uint8)[..., None]
-    constants = CONSTANTS["digits"]
     return ImageSet(
         name="digits",
         split=split,
         images=torch.from_numpy(images),
         labels=torch.from_numpy(labels.astype(np.int64)),
         class_names=list(DIGITS),
-        mean=constants.mean,
-        std=constants.std,
-        flip=False,
-        pad=1,
         attribution=attribution,
     )

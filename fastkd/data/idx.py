@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from fastkd.data.class_names import FASHION_MNIST
-from fastkd.data.constants import CONSTANTS
 from fastkd.data.image_set import ImageSet
 from fastkd.errors import InputError
 
@@ -59,7 +58,7 @@ def read_idx(path: Path, rank: int) -> np.ndarray:
     return np.frombuffer(body, np.uint8).reshape(shape)
 
 
-def _read(name: str, folder: Path, split: str, class_names: list[str], flip: bool, attribution: str) -> ImageSet:
+def _read(name: str, folder: Path, split: str, class_names: list[str], attribution: str) -> ImageSet:
     if not folder.is_dir():
         raise InputError(f"data folder '{folder}' does not exist or is no folder; expected the IDX files of {name} there")
     image_file, label_file = _find(folder, split, "images"), _find(folder, split, "labels")
@@ -74,17 +73,12 @@ def _read(name: str, folder: Path, split: str, class_names: list[str], flip: boo
         raise InputError(f"'{label_file}' holds label {labels.max()}; {name} has labels 0 to 9")
     expected = 60_000 if split == "train" else 10_000
     notes = [] if len(images) == expected else [f"{len(images)} images, the published {split} set of {name} has {expected}"]
-    constants = CONSTANTS[name]
     return ImageSet(
         name=name,
         split=split,
         images=torch.from_numpy(images[..., None].copy()),
         labels=torch.from_numpy(labels.astype(np.int64)),
         class_names=class_names,
-        mean=constants.mean,
-        std=constants.std,
-        flip=flip,
-        pad=2,
         attribution=attribution,
         notes=notes,
     )
@@ -94,7 +88,7 @@ def mnist(path: Path | None, split: str, progress: object = None) -> ImageSet:
     """MNIST from a folder of IDX files: uint8 [60000 or 10000, 28, 28, 1]. Digits are not mirrored."""
     assert path is not None
     attribution = "MNIST: Y. LeCun, C. Cortes, C. Burges"
-    return _read("mnist", path, split, [str(i) for i in range(10)], False, attribution)
+    return _read("mnist", path, split, [str(i) for i in range(10)], attribution)
 
 
 def fashion_mnist(path: Path | None, split: str, progress: object = None) -> ImageSet:
@@ -107,4 +101,4 @@ def fashion_mnist(path: Path | None, split: str, progress: object = None) -> Ima
                 "or name the folder of its IDX files: fashion-mnist:DIR"
             )
     attribution = "Fashion-MNIST: H. Xiao, K. Rasul, R. Vollgraf, 2017, Zalando SE, MIT"
-    return _read("fashion-mnist", path, split, list(FASHION_MNIST), True, attribution)
+    return _read("fashion-mnist", path, split, list(FASHION_MNIST), attribution)

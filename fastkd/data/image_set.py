@@ -195,9 +195,14 @@ def convert(data: ImageSet, size: int | None = None, channels: int | None = None
     if size is not None and (h, w) != (size, size):
         check_memory(n, size, images.shape[3], data.name)
         images = resize(images, size)
-        pad = max(1, round(pad * size / h)) if pad else 0
+        pad = padding(pad, h, size)
         notes.append(f"images of {h} x {w} were resized to {size} x {size} (bilinear)")
     return dataclasses.replace(data, images=images, mean=mean, std=std, pad=pad, notes=notes)
+
+
+def padding(pad: int, of: int, size: int) -> int:
+    """Pixels by which a crop of `size` is padded where one of `of` pixels is padded by `pad`: at least 1, unless there is none."""
+    return max(1, round(pad * size / of)) if pad else 0
 
 
 def check_memory(n: int, size: int, channels: int, name: str, limit: int = 8 << 30) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fastkd.data.class_names import imagenet
-from fastkd.data.constants import CONSTANTS
 from fastkd.data.folder import ENDINGS, Listing, is_dir, read_listing
 from fastkd.data.image_set import ImageSet
 from fastkd.data.mat import read_mat
@@ -40,12 +39,9 @@ def read(path: Path | None, split: str, progress: Callable[[int, int], None] | N
     names = [words for _, words in imagenet()]
     notes = ["the test images are the validation images of the set"] if split == "test" else []
     found = read_listing(path, place, split, Listing(files, names), notes, size or 224, 3, progress)
-    constants = CONSTANTS["imagenet"]
     return dataclasses.replace(
         found,
         name="imagenet",
-        mean=constants.mean,
-        std=constants.std,
         attribution="ImageNet: O. Russakovsky et al., 2015, ImageNet Large Scale Visual Recognition Challenge",
     )
 

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from fastkd.data.class_names import known
-from fastkd.data.constants import CONSTANTS
 from fastkd.data.folder import decode_all
 from fastkd.data.image_set import ImageSet
 from fastkd.errors import InputError
@@ -63,17 +62,12 @@ def read(path: Path | None, split: str, progress: Callable[[int, int], None] | N
 
     images, kept, notes = decode_all([str(name) for name in names], jpeg, 224, 3, str(path), progress)
     words = [str(word) for word in content["words"]]
-    constants = CONSTANTS["imagenet"]
     return ImageSet(
         name="imagenet-compat",
         split=split,
         images=images,
         labels=torch.from_numpy(content["labels"].astype(np.int64))[kept],
         class_names=words if len(words) == 1000 else known("imagenet"),
-        mean=constants.mean,
-        std=constants.std,
-        flip=True,
-        pad=28,
         attribution="1,000 photographs from Flickr (NIPS 2017 development set), CC BY 2.0; authors in compat1000_attribution.csv",
         notes=[*notes, "not the ILSVRC validation set: compare networks on it, quote no ImageNet accuracy from it"],
     )

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastkd.data.constants import CONSTANTS
 from fastkd.data.image_set import ImageSet
 from fastkd.data.mat import read_mat
 from fastkd.errors import InputError
@@ -37,7 +36,6 @@ def read(path: Path | None, split: str, progress: object = None) -> ImageSet:
         raise InputError(f"'{file}': y is {y.dtype} {list(y.shape)}; expected one whole number for each of {x.shape[3]} images")
     if not ((y >= 0) & (y <= 10) & (y == np.floor(y))).all():
         raise InputError(f"'{file}' holds label {y.max():g}; SVHN has labels 1 to 10, where 10 is the digit 0")
-    constants = CONSTANTS["svhn"]
     n = len(y)
     return ImageSet(
         name="svhn",
@@ -45,10 +43,6 @@ def read(path: Path | None, split: str, progress: object = None) -> ImageSet:
         images=torch.from_numpy(np.ascontiguousarray(x.transpose(3, 0, 1, 2))),
         labels=torch.from_numpy(y.astype(np.int64) % 10),
         class_names=[str(i) for i in range(10)],
-        mean=constants.mean,
-        std=constants.std,
-        flip=False,
-        pad=0,
         attribution="SVHN: Y. Netzer et al., 2011, Reading Digits in Natural Images with Unsupervised Feature Learning",
         notes=[] if n == _PUBLISHED[split] else [f"{n} images, the published {split} set of svhn has {_PUBLISHED[split]}"],
     )

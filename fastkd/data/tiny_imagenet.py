@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from fastkd.data.constants import CONSTANTS
 from fastkd.data.folder import Listing, is_dir, read_listing, sub_folders
 from fastkd.data.image_set import ImageSet
 from fastkd.data.names import printable
@@ -48,13 +47,9 @@ def read(path: Path | None, split: str, progress: Callable[[int, int], None] | N
     files = _annotated(annotations, number) if flat else in_class_folders(place, number)
     notes = ["the test images are the validation images of the set"] if split == "test" else []
     found = read_listing(root, place, split, Listing(files, _words(root, wnids)), notes, size or 64, 3, progress)
-    constants = CONSTANTS["tiny-imagenet"]
     return dataclasses.replace(
         found,
         name="tiny-imagenet",
-        mean=constants.mean,
-        std=constants.std,
-        pad=max(1, (size or 64) // 16),
         attribution="Tiny-ImageNet: Stanford CS231n, images of ILSVRC",
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -34,6 +35,19 @@ def test_table_names_existing_readers_and_constants():
         module, _, function = entry.reader.partition(":")
         assert callable(getattr(importlib.import_module(module), function))
         assert len(CONSTANTS[entry.constants].mean) == len(CONSTANTS[entry.constants].std) == entry.channels
+
+
+def test_what_the_table_says_of_a_set_is_what_it_opens_with(monkeypatch):
+    """Constants, flips and padding stand in the table alone: readers say nothing of them."""
+    plain = data.open_set("digits")
+    changed = dataclasses.replace(data.DATASETS["digits"], flip=True, pad=2, constants="mnist")
+    monkeypatch.setitem(data.DATASETS, "digits", changed)
+    found = data.open_set("digits")
+    assert (plain.flip, plain.pad, plain.mean) == (False, 1, (0.3049,))
+    assert (found.flip, found.pad, found.mean, found.std) == (True, 2, (0.1307,), (0.3081,))
+    monkeypatch.setitem(data.DATASETS, "digits", dataclasses.replace(changed, constants="mnits"))
+    with pytest.raises(ConfigError, match="unknown normalisation constants 'mnits'; did you mean 'mnist'"):
+        data.open_set("digits")
 
 
 def test_constants_are_the_published_ones():
