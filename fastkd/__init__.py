@@ -24,6 +24,6 @@ def distil(recipe: str | None = None, out: str | None = None, **options: Any) ->
     """
     from pathlib import Path
 
-    from fastkd import assemble, config
+    from fastkd import assemble, config, methods
 
-    return assemble.distil(config.resolve(recipe, options), Path(out) if out else None)
+    return assemble.distil(config.resolve(recipe, options, methods=methods.names()), Path(out) if out else None)

@@ -276,11 +276,13 @@ def _name(method: Any) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def resolve(recipe: str | None, options: dict[str, Any], sets: Iterable[str] = ()) -> RunConfig:
+def resolve(recipe: str | None, options: dict[str, Any], sets: Iterable[str] = (), *, methods: Iterable[str] = ()) -> RunConfig:
     """Recipe, then command-line options, then `--set`, each written over the one before.
 
     Without a recipe and without a teacher the embedded one of the method is taken: `<method>-digits`.
 
+    Args:
+      methods: names of all methods, so that one which is misspelt is told from one that has no such recipe.
     Raises:
       ConfigError: see `build`; or the recipe is of another method.
     """
@@ -295,9 +297,12 @@ def resolve(recipe: str | None, options: dict[str, Any], sets: Iterable[str] = (
             )
         recipe = f"{name or 'muse'}-digits"
         if recipe not in recipes():
-            known = [r.removesuffix("-digits") for r in recipes() if r.endswith("-digits")]
+            known = list(methods)
+            if known and name not in known:
+                raise ConfigError(unknown("method", str(name), known))
             raise ConfigError(
-                unknown("method", str(name), known) + " A method without an embedded example needs --teacher SPEC --teacher-weights FILE."
+                f"method '{name}' has no embedded example (no recipe '{recipe}'); "
+                "expected --teacher SPEC --teacher-weights FILE, or --recipe NAME_OR_FILE."
             )
     values = read_recipe(recipe) if recipe else {}
     base_name = _name(values.get("method"))

@@ -48,6 +48,20 @@ class NoMemoryError(FastkdError):
     exit_code = 7
 
 
+class MethodError(FastkdError):
+    """A mistake in the file of a method: it declares or does what the engine cannot run."""
+
+    exit_code = 2
+
+
+class MethodTypeError(MethodError, TypeError):
+    """Something of a kind that cannot stand there."""
+
+
+class MethodAttributeError(MethodError, AttributeError):
+    """An attribute that cannot be set."""
+
+
 class StartAgain(FastkdError):
     """A rank cannot go on alone: all must start again from the last checkpoint. For a launcher it is a crash."""
 

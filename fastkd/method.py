@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastkd import models, optim, ranks
+from fastkd.errors import MethodAttributeError, MethodTypeError
 from fastkd.log import Log
 from fastkd.memory import Places, Rows
 from fastkd.nn import Student, Teacher, augment, evaluating, frozen, fuse_generator
@@ -157,7 +158,7 @@ class Method:
         super().__init_subclass__(**kwargs)
         for name in inspect.get_annotations(cls):
             if name in _TOOLBOX or name in GIVEN:
-                raise TypeError(f"{cls.__name__}.{name} would hide '{name}' of the toolbox; choose another field name")
+                raise MethodTypeError(f"{cls.__name__}.{name} would hide '{name}' of the toolbox; choose another field name")
         for name, fn in list(vars(cls).items()):
             inherited = next((vars(b)[name] for b in cls.__mro__[1:] if name in vars(b)), None)
             if callable(fn) and hasattr(inherited, "phase") and not hasattr(fn, "phase"):
@@ -167,11 +168,11 @@ class Method:
         life = self.__dict__.get("_life", "fields")
         fields = getattr(type(self), "__dataclass_fields__", {})
         if life == "sealed":
-            raise AttributeError(f"{type(self).__name__}.{name} is set after build(); state that changes is written in place")
+            raise MethodAttributeError(f"{type(self).__name__}.{name} is set after build(); state that changes is written in place")
         if life != "fields" and name in fields:
-            raise AttributeError(f"{type(self).__name__}.{name} is a hyper-parameter and is not set after __init__")
+            raise MethodAttributeError(f"{type(self).__name__}.{name} is a hyper-parameter and is not set after __init__")
         if name not in fields and name not in GIVEN and hasattr(type(self), name):
-            raise AttributeError(f"{type(self).__name__}.{name} is a function of the method and cannot be overwritten")
+            raise MethodAttributeError(f"{type(self).__name__}.{name} is a function of the method and cannot be overwritten")
         object.__setattr__(self, name, value)
 
     def bind(self, given: Given) -> None:

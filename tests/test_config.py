@@ -68,10 +68,6 @@ def test_recipe_fields_are_fields_of_its_method(name: str) -> None:
     assert set(table) <= known, f"{name} sets {sorted(set(table) - known)}"
 
 
-def test_every_method_has_a_digits_recipe() -> None:
-    assert {f"{m}-digits" for m in methods.names()} <= set(config.recipes())
-
-
 def test_no_options_mean_muse_on_the_embedded_teacher() -> None:
     built = config.resolve(None, {})
     assert built.method["name"] == "muse"
@@ -134,6 +130,15 @@ def test_code_in_a_recipe_is_refused(tmp_path: Path, part: str) -> None:
 def test_code_on_the_command_line_is_taken() -> None:
     built = config.resolve(None, {"teacher": {"spec": "py:net.py:make", "weights": "w"}, "student": {"spec": "py:net.py:small"}})
     assert built.student.spec == "py:net.py:small"
+
+
+def test_a_method_without_an_embedded_example_is_told_from_a_misspelt_one() -> None:
+    known = [*methods.names(), "sketch"]
+    with refused("method 'sketch' has no embedded example", "--teacher SPEC --teacher-weights FILE"):
+        config.resolve(None, {"method": {"name": "sketch"}}, methods=known)
+    with refused("unknown method 'sketh'", "did you mean 'sketch'"):
+        config.resolve(None, {"method": {"name": "sketh"}}, methods=known)
+    assert config.resolve(None, {"method": "sketch", "teacher": {"spec": "resnet8"}}, methods=known).method["name"] == "sketch"
 
 
 def test_recipe_of_another_method_is_refused() -> None:

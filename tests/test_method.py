@@ -8,17 +8,20 @@ import pytest
 import torch
 
 from fastkd import optim
+from fastkd.errors import MethodError
 from fastkd.memory import Rows, Store
 from fastkd.method import Method, step, steps
 from tests import small
 
 
 def test_a_field_that_hides_the_toolbox_is_refused():
-    with pytest.raises(TypeError, match=r"Bad\.view would hide 'view'"):
+    with pytest.raises(MethodError, match=r"Bad\.view would hide 'view'") as caught:
 
         @dataclass
         class Bad(Method):
             view: int = 1
+
+    assert isinstance(caught.value, TypeError)
 
 
 def test_an_override_inherits_phase_and_eagerness():
@@ -36,8 +39,9 @@ def test_an_override_inherits_phase_and_eagerness():
 
 def test_functions_of_a_method_cannot_be_overwritten():
     m = small.small("noise")
-    with pytest.raises(AttributeError, match="cannot be overwritten"):
+    with pytest.raises(MethodError, match="cannot be overwritten") as caught:
         m.minimise = 1
+    assert isinstance(caught.value, AttributeError)
 
 
 def test_steps_count_occurrences_by_name():

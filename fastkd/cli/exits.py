@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from fastkd.errors import OUT_OF_MEMORY, FastkdError, no_memory
+from fastkd.errors import OUT_OF_MEMORY, FastkdError, MethodError, no_memory
 
 UNEXPECTED, USAGE, PLACE, INTERRUPTED = 1, 2, 3, 130
 DEBUG = "FASTKD_DEBUG"
@@ -36,6 +36,8 @@ def attempted(run: Callable[[], Any]) -> int:
         return e.exit_code
     except (click.Abort, KeyboardInterrupt) as e:
         return _say("interrupted.", e, INTERRUPTED)
+    except MethodError as e:
+        return _say(f"{str(e).rstrip('.')} (a mistake in the method's file; --debug shows where)", e, e.exit_code)
     except FastkdError as e:
         return _say(str(e), e, e.exit_code)
     except OSError as e:

@@ -22,11 +22,11 @@ def command(recipe: str | None, sets: tuple[str, ...], gpus: int | None, probed:
     \b
       fastkd plan --recipe muse-imagenet-112 --gpus 8
     """
-    from fastkd import config
+    from fastkd import config, methods
     from fastkd.cli import summary
     from fastkd.tasks.plan import plan
 
-    planned = plan(config.resolve(recipe, table(KEYS, options), sets), gpus or 1, probed=probed)
+    planned = plan(config.resolve(recipe, table(KEYS, options), sets, methods=methods.names()), gpus or 1, probed=probed)
     if as_json:
         emit(planned)
     else:

@@ -85,10 +85,10 @@ def again_words(recipe: str | None, sets: tuple[str, ...], options: dict[str, An
 
 def configuration(recipe: str | None, options: dict[str, Any], sets: tuple[str, ...], continued: Path | None, resume: str) -> RunConfig:
     """The configuration of a new run, or that of the folder `continued` with what was given written over it."""
-    from fastkd import config
+    from fastkd import config, methods
 
     if continued is None or (resume == "auto" and not (continued / "config.json").is_file()):
-        return config.resolve(recipe, options, sets)
+        return config.resolve(recipe, options, sets, methods=methods.names())
     values = stored(continued, None)
     config.build(values, f"'{continued / 'config.json'}'")
     given = config.merge(options, config.parse_sets(sets))

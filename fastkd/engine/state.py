@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import ranks
+from fastkd.errors import MethodTypeError
 from fastkd.log import Log
 from fastkd.memory import Store
 from fastkd.memory.ahead import Ahead
@@ -68,7 +69,7 @@ def walk(method: Method) -> Iterator[Item]:
     """Every tensor and host number that changes during a run, once each, under its attribute path.
 
     Raises:
-      TypeError: an attribute of a kind that cannot be saved; the message names it.
+      MethodTypeError: an attribute of a kind that cannot be saved; the message names it.
     """
     constant = {f.name for f in fields(method)} if is_dataclass(method) else set()
     constant |= set(GIVEN) - KEPT_GIVEN
@@ -111,7 +112,7 @@ def _visit(path: str, value: Any, setter: Callable[[Any], None] | None, seen: se
             else:
                 yield from _visit(f"{path}.{name}", inner, _attribute(value, name), seen)
     else:
-        raise TypeError(
+        raise MethodTypeError(
             f"{path} is a {type(value).__name__}, which a checkpoint cannot hold; keep tensors, modules, optimisers, stores or numbers"
         )
 

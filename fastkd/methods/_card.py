@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fastkd.errors import MethodError, unknown
+
 NEEDS = {
     "bn": "a teacher with BatchNorm; none where method.bn, the weight of that term, is 0",
     "embeddings": "label texts (class names; a random table stands in)",
@@ -62,6 +64,20 @@ class Card:
     terms: tuple[str, ...]
     also: str = ""
 
+    def check(self, file: Path) -> Card:
+        """The card itself, if its words are known ones.
+
+        Raises:
+          MethodError: a word that is none, with the nearest and the file.
+        """
+        shared = [term for term in self.terms if ": " not in term]
+        for kind, said, known in (("terms", shared, TERMS), ("needs", self.needs, NEEDS), ("basis", (self.basis,), BASES)):
+            for word in said:
+                if word not in known:
+                    own = " A term of its own is 'name: meaning'." if kind == "terms" else ""
+                    raise MethodError(f"CARD of '{file}', {kind}: {unknown('word', word, known)}{own}")
+        return self
+
     @property
     def published(self) -> str:
         """Venue and year, such as `CVPR 2024`; empty where there is no paper."""
@@ -75,10 +91,14 @@ class Card:
 
 
 def read(source: Path) -> tuple[str, Card | None]:
-    """The docstring of a method's file as one paragraph, and its card, or None where it declares none. Nothing is executed."""
+    """The docstring of a method's file as one paragraph, and its card, or None where it declares none. Nothing is executed.
+
+    Raises:
+      MethodError: a word in the card that is not known.
+    """
     tree = ast.parse(source.read_text(encoding="utf-8"))
     about = " ".join((ast.get_docstring(tree) or "").split())
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and getattr(node.targets[0], "id", "") == "CARD":
-            return about, Card(**{k.arg: ast.literal_eval(k.value) for k in node.value.keywords if k.arg})
+            return about, Card(**{k.arg: ast.literal_eval(k.value) for k in node.value.keywords if k.arg}).check(source)
     return about, None

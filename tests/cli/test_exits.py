@@ -9,7 +9,7 @@ import click
 import pytest
 
 from fastkd.cli.exits import DEBUG, guarded
-from fastkd.errors import CheckpointError, ConfigError, FastkdError, InputError, NumericalError, PlaceError
+from fastkd.errors import CheckpointError, ConfigError, FastkdError, InputError, MethodError, MethodTypeError, NumericalError, PlaceError
 
 
 def raising(e: BaseException):
@@ -31,6 +31,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
         (ConfigError("a"), 2),
         (PlaceError("a"), 3),
         (InputError("a"), 4),
+        (MethodError("a"), 2),
         (CheckpointError("a"), 5),
         (NumericalError("a"), 6),
         (MemoryError("a"), 7),
@@ -52,6 +53,12 @@ def test_code_and_one_line(error: BaseException, code: int, capsys) -> None:
     assert guarded(raising(error)) == code
     said = capsys.readouterr().err
     assert said.startswith("fastkd: ") and said.count("\n") == 1 and "Traceback" not in said
+
+
+def test_a_mistake_in_a_method_is_not_one_of_fastkd(capsys) -> None:
+    guarded(raising(MethodTypeError("Mine.view would hide 'view' of the toolbox; choose another field name")))
+    said = capsys.readouterr().err
+    assert "choose another field name (a mistake in the method's file; --debug" in said and "fault of fastkd" not in said
 
 
 def test_what_a_command_returns_is_the_code() -> None:

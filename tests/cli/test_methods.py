@@ -13,6 +13,7 @@ import pytest
 from fastkd import config, methods
 from fastkd.assemble.job import make_method
 from fastkd.cli.methods import readable, shown
+from tests.cli.conftest import one_sentence
 
 
 def test_lists_every_method_with_what_is_declared_of_it(cli) -> None:
@@ -43,7 +44,7 @@ def test_every_field_with_default_values_and_meaning(cli, name: str) -> None:
     assert not [f["name"] for f in card["fields"] if not f["what"]], "a field has a line under it that says what it is"
     assert not [f["name"] for f in card["fields"] if re.search("Literal|Union|typing", f["type"])]
     assert set(card["needs"]) == cls.needs
-    assert {f["method"] for f in card["figures"]} <= {name} and f"{name}-digits" in card["recipes"]
+    assert {f["method"] for f in card["figures"]} <= {name}
 
 
 @pytest.mark.parametrize("name", methods.names())
@@ -75,6 +76,17 @@ def test_a_method_without_a_card_is_listed(cli, monkeypatch, tmp_path) -> None:
     monkeypatch.setitem(methods.METHODS, "plain", "plain_method:Plain")
     assert "Plain: says nothing more of itself " in cli("methods").stdout
     assert json.loads(cli("methods", "--json").stdout)["plain"] == {"about": "Plain: says nothing more of itself. And this.", "figures": 0}
+
+
+@pytest.mark.parametrize("field, word", [("terms", "adverse"), ("needs", "labels"), ("basis", "hearsay")])
+def test_a_wrong_word_in_a_card_is_one_sentence(cli, monkeypatch, tmp_path, field: str, word: str) -> None:
+    card = {"paper": "", "venue": "", "year": None, "basis": "own", "source": "x", "needs": (), "terms": ("oh",)}
+    card[field] = word if field == "basis" else (word,)
+    (tmp_path / "plain_method.py").write_text(f'"""Plain."""\nCARD = Card({", ".join(f"{k}={v!r}" for k, v in card.items())})\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(methods.METHODS, "plain", "plain_method:Plain")
+    done = cli("methods")
+    assert done.exit_code == 2 and all(said in one_sentence(done.stderr) for said in (word, "plain_method.py", "CARD"))
 
 
 def test_types_in_plain_words() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastkd.engine import state
+from fastkd.errors import MethodError
 from tests import small
 
 
@@ -37,7 +38,7 @@ def test_a_tensor_reached_twice_is_saved_once():
 def test_a_kind_that_cannot_be_saved_is_refused_by_name():
     method = small.prepared("noise")
     object.__setattr__(method, "odd", {"inner": [iter([])]})
-    with pytest.raises(TypeError, match=r"odd\.inner\.0 is a list_iterator"):
+    with pytest.raises(MethodError, match=r"odd\.inner\.0 is a list_iterator"):
         list(state.walk(method))
 
 
