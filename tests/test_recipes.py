@@ -14,8 +14,6 @@ from fastkd.errors import ConfigError
 WRN = "wrn40_2-wrn16_2"
 NAMED = [recipes.name(stem, d, p) for m in methods.names() for stem, sets in recipes.pairs(m).items() for d in sets for p in sets[d]]
 PAIRS = [config.build(recipes.read(name), name) for name in NAMED]
-FOLDERS = {"svhn", "tiny-imagenet", "imagenet"}
-"""Data sets of the literature that a recipe may name, whether this version reads them or not."""
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -34,7 +32,7 @@ def test_every_network_of_a_pair_exists(spec: str) -> None:
 
 def test_every_pair_names_a_data_set() -> None:
     named = {c.data for c in PAIRS}
-    assert named <= {*data.DATASETS, *FOLDERS} and {"cifar10", "cifar100", "tiny-imagenet", "imagenet", "fashion-mnist", "svhn"} <= named
+    assert named <= set(data.DATASETS) and {"cifar10", "cifar100", "tiny-imagenet", "imagenet", "fashion-mnist", "svhn"} <= named
 
 
 def test_names_are_unique_and_say_what_they_are() -> None:
@@ -52,6 +50,17 @@ def test_a_pair_is_its_file_with_what_differs() -> None:
     tiny = make_method(recipes.read("nayer-200-tiny-imagenet-r34-r18")["method"])
     assert (tiny.epochs, tiny.g_steps, tiny.g_loops, tiny.kd_steps) == (220, 60, 4, 1000)
     assert recipes.read("dfq-cifar100-r34-r18")["method"]["lr"] == 0.05 and "lr" not in recipes.read("dfq-cifar10-r34-r18")["method"]
+
+
+def test_a_pattern_that_is_for_no_pair_is_refused(tmp_path, monkeypatch) -> None:
+    """Those that ship are checked when they are read, which every test here does."""
+    for file in recipes.FOLDER.glob("*.toml"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    changed = (tmp_path / "zskt.toml").read_text().replace('"svhn-*"', '"svnh-*"')
+    (tmp_path / "zskt.toml").write_text(changed)
+    monkeypatch.setattr(recipes, "FOLDER", tmp_path)
+    with pytest.raises(ConfigError, match=r"recipe 'zskt': \[where\.\"svnh-\*\"\] matches none of its pairs: cifar10-.*, svhn-"):
+        recipes._file.__wrapped__("zskt")
 
 
 def test_what_is_read_is_the_readers_own() -> None:

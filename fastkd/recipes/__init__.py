@@ -73,10 +73,19 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def _file(stem: str) -> dict[str, Any]:
-    """A recipe file with the one it is based on."""
-    values = tomllib.loads((FOLDER / f"{stem}.toml").read_text(encoding="utf-8"))
-    base = values.pop("base", None)
-    return merge(_file(base), values) if base else values
+    """A recipe file with the one it is based on.
+
+    Raises:
+      ConfigError: a `[where.PATTERN]` of its own that is for none of its pairs.
+    """
+    own = tomllib.loads((FOLDER / f"{stem}.toml").read_text(encoding="utf-8"))
+    base = own.pop("base", None)
+    values = merge(_file(base), own) if base else own
+    known = [f"{data}-{pair}" for data, listed in values.get("pairs", {}).items() for pair in listed]
+    for pattern in own.get("where", {}):
+        if not any(fnmatchcase(pair, pattern) for pair in known):
+            raise ConfigError(f"recipe '{stem}': [where.\"{pattern}\"] matches none of its pairs: {', '.join(known) or 'it has none'}.")
+    return values
 
 
 @functools.cache
