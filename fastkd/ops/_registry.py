@@ -146,7 +146,7 @@ def choose(op: str, device: str, dtype: str) -> str:
     """The backend that runs `op` on this device type and dtype.
 
     Raises:
-      ConfigError: the backend given to `use` exists for this op and cannot take this call.
+      ConfigError: an unknown op, or the backend given to `use` exists for this op and cannot take this call.
     """
     key = (_wanted, op, device, dtype)
     if key not in _answers:
@@ -155,6 +155,8 @@ def choose(op: str, device: str, dtype: str) -> str:
 
 
 def _choose(wanted: str, op: str, device: str, dtype: str) -> str:
+    if op not in OPS:
+        raise ConfigError(unknown("op", op, OPS))
     spec = OPS[op]
     if wanted == "reference":
         return wanted

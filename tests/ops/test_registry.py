@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +12,8 @@ from fastkd import ops
 from fastkd.errors import ConfigError
 from fastkd.ops import _native, _registry
 from fastkd.ops.bn_match import native
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +71,29 @@ def test_the_kernel_runs(cpp, monkeypatch):
     ops.use("auto")
     ops.bn_sums(torch.randn(2, 3, 4, 4), torch.zeros(3))
     assert seen
+
+
+def test_an_unknown_op():
+    with pytest.raises(ConfigError, match="unknown op 'bn_sum'; did you mean 'bn_sums'"):
+        _registry.choose("bn_sum", "cpu", "float32")
+
+
+def test_the_tables_of_ops_agree():
+    """Names for type checkers, for look-up, for `import *`, for backends, and the page."""
+    typed = {
+        alias.name: node.module
+        for block in ast.parse(Path(ops.__file__).read_text(encoding="utf-8")).body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert typed == ops._FAMILY
+    assert sorted(ops.__all__) == sorted([*ops._FAMILY, "backend", "build_info", "table", "use"])
+    assert set(ops._FAMILY) - set(_registry.OPS) == {"bn_stats", "moments", "fold_stem"}  # made of others, or plain torch
+    assert set(_registry.OPS) <= set(ops._FAMILY)
+    rows = [line for line in (DOCS / "ops.md").read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    assert not [name for name in ops._FAMILY if not any(f"`{name}" in line.split(" | ")[0] for line in rows)]
 
 
 def test_table():
