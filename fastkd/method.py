@@ -44,11 +44,12 @@ Step = Callable[..., Any] | tuple[Any, ...]
 
 
 def step(phase: Phase, *, eager: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Mark a function of a method as a step: the unit of resume, seeding, timing, guards and graph capture.
+    """Mark a function of a method as a step: the unit of resume, seeding, timing and guards.
 
     Args:
       phase: what its time is booked under.
-      eager: never captured, because host code runs each time (filling a memory, re-initialising, learning rates).
+      eager: its host code must run each time (filling a memory, re-initialising, learning rates). Any other step could be captured in a
+        CUDA graph. The engine does not do that yet; tests record each such step, replay it and compare the bits.
     """
 
     def mark(fn: Callable[..., None]) -> Callable[..., None]:
@@ -118,7 +119,7 @@ class Method:
     """Base of all methods. Subclasses are dataclasses with at least `epochs`, `batch` and `aug` among their fields.
 
     Life: fields → `bind` → `build` → sealed. After the seal no attribute is set any more: what changes is changed in place, which
-    is what makes resume exact and CUDA graphs possible.
+    is what makes resume exact, and would let steps be captured in CUDA graphs.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"bn"})
@@ -200,7 +201,7 @@ class Method:
     def epoch(self, e: int) -> Iterator[Step]:
         """The steps of epoch `e`, in order. Pure: depends on fields, `seed` and `e` only and changes nothing.
 
-        An item is a step, or (step, *args); args of a step that may be captured select a variant, they are never data.
+        An item is a step, or (step, *args); args of a step that is not eager select a variant, they are never data.
         """
         raise NotImplementedError
 

@@ -118,7 +118,7 @@ class Cmi(PoolMethod):
         dtype = torch.float16 if self.bank_dtype == "fp16" else torch.float32
         # Features, read without `view`: on the device of every rank.
         self.bank = Store(self.rng, self.bank_rows, (2 * width, 1, 1), dtype, ring=True, images="replicated", tier="device")
-        self.stored = torch.zeros((), dtype=torch.int64, device=self.device)  # what a captured step may read of the bank's fill
+        self.stored = torch.zeros((), dtype=torch.int64, device=self.device)  # the bank's fill, for steps that are replayed
         self.view_features = self.buffer(self.batch, width)
         self.kept = Best(local=self.buffer(self.batch, width), view=self.buffer(self.batch, width))
 
