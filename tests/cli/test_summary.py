@@ -86,8 +86,9 @@ def test_plan_names_steps_and_memory(capsys) -> None:
             "steps": [{"step": "learn", "phase": "distillation", "args": "", "times": 4000}],
             "bytes": {"student": 10**6, "pool": 2 * 10**6},
             "epochs": 20,
+            "total": 8000,
             "notes": ["a note"],
         }
     )
     said = capsys.readouterr().out
-    assert "learn" in said and "4,000" in said and "3.0 MB" in said and said.index("pool") < said.index("student") and "a note" in said
+    assert "learn" in said and "4,000" in said and "8,000" in said and "3.0 MB" in said and said.index("pool") < said.index("student") and "a note" in said
