@@ -93,11 +93,11 @@ def test_redraw_touches_the_noisy_layers_and_recreate_everything():
 
 def test_noisy_layers_that_are_not_drawn_anew_are_trained_on():
     m = small.prepared("nayer", {"redraw_noise": False})
-    before = [p.detach().clone() for p in m.G[16].noisy_parameters()]
+    before = [p.detach().clone() for p in m.G[16].noisy.parameters()]
     for k in range(2):
         m.rng.at(0, 0, "redraw", k)
         m.redraw(16, k)
-        assert all(torch.equal(p, q) for p, q in zip(m.G[16].noisy_parameters(), before))
+        assert all(torch.equal(p, q) for p, q in zip(m.G[16].noisy.parameters(), before))
     m.rng.at(0, 0, "invert", 0)
     m.invert(16, False)
     assert not torch.equal(m.G[16].noisy.weight, before[0])
