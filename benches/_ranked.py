@@ -114,11 +114,3 @@ def publish(what: str, prog: str, argv: list[str], args: argparse.Namespace, row
         about = {"what": what, "command": " ".join(["python -m", f"benches.{prog}", *words]), "commit": revision(), "device": device}
         about |= {"torch": torch.__version__, "cores": len(os.sched_getaffinity(0)), "quick": args.quick}
         args.json.write_text(json.dumps({**about, "load": os.getloadavg()[0], "rows": rows}, indent=1) + "\n", encoding="utf-8")
-
-
-def markdown(record: dict[str, Any], keys: dict[str, str]) -> list[str]:
-    """The lines of a record as a table; `keys`: column of the record → its title."""
-    from . import tables
-
-    lines = [[tables.cell(k, r.get(k)) for k in keys] for r in record["rows"]]
-    return [f"| {' | '.join(line)} |" for line in [list(keys.values()), ["---"] * len(keys), *lines]]

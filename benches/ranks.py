@@ -25,11 +25,6 @@ from ._ranked import Parts, launch, options, publish, row
 
 WARM = 3
 """First steps of each kind that are not counted."""
-COLUMNS = {
-    **{"recipe": "recipe", "step": "step", "numbers": "numbers", "ms": "step ms", "part_ms": "flat all-reduce, ms", "share": "share"},
-    **{"alone_ms": "alone, ms"},
-}
-"""What the documentation shows of a record."""
 WHAT = "steps of a method and their flat all-reduce (ms); share: of all the time; collectives: share of all of them"
 
 

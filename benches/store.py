@@ -22,11 +22,6 @@ from fastkd.rng import Rng
 from ._ranked import Parts, launch, options, publish, row
 
 WHAT = "a student step, and the part of it that brings the batch (ms); share: of all the time"
-COLUMNS = {
-    **{"images": "images", "tier": "tier", "prefetch": "batches ahead", "ms": "step ms", "part_ms": "of it the batch, ms"},
-    **{"share": "share"},
-}
-"""What the documentation shows of a record."""
 PLACES = [("replicated", "device", 0), ("replicated", "host", 0), ("replicated", "host", ahead.DEPTH)]
 SHARDED = [("sharded", "device", 0), ("sharded", "device", ahead.DEPTH), ("sharded", "host", 0), ("sharded", "host", ahead.DEPTH)]
 
