@@ -116,4 +116,4 @@ def compare(rows: list[dict[str, Any]], out: Path) -> None:
     summary.print_table(("run", "network", ">parameters", ">top-1, last", ">mean of last 10", ">images", ">time"), lines)
     trained = "on real training images" if "data" in method_class(str(rows[0].get("method"))).needs else "without one real image"
     summary.print_facts([("student", f"{student.get('spec')}, trained {trained}; the test data are looked at to measure only"),
-                         ("folder", str(out)), ("next", f"fastkd eval {out / str(rows[0]['run'])}")])  # fmt: skip
+                         ("folder", str(out)), ("next", summary.evaluation(rows[0], out / str(rows[0]["run"])))])  # fmt: skip

@@ -40,6 +40,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--student", "microsoft/resnet-18"], 2, ["microsoft/resnet-18", "prefix"]),
         (["--student", "tim:resnet18"], 2, ["tim", "timm"]),
         (["--student", "py:gone.py:make"], 2, ["gone.py"]),
+        (["--student", "ckpt:nope"], 4, ["there is no 'nope'", "run folder"]),
         (["--set", "method.epoch=3"], 2, ["method.epoch", "method.epochs"]),
         (["--set", "method.epochs=many"], 2, ["method.epochs is 'many'", "integer"]),
         (["--set", "method.epochs=0"], 2, ["method.epochs", "1"]),

@@ -150,12 +150,36 @@ def test_what_is_safe_may_change_and_the_rest_may_not(cli, tmp_path: Path, at_po
     assert told == [("checkpoint.keep", 2, 1), ("poll", 2, 5)]
 
 
-def test_code_is_not_run_again_unless_it_is_typed_again(cli, tmp_path: Path, at_poll) -> None:
+@pytest.fixture
+def code(tmp_path: Path) -> str:
+    """A network that is code, in net.py: its specification."""
     (tmp_path / "net.py").write_text(
         "from torch import nn\n\n\ndef make(classes, **_):\n"
         "    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))\n"
     )
-    spec = f"py:{tmp_path / 'net.py'}:make"
+    return f"py:{tmp_path / 'net.py'}:make"
+
+
+def test_what_is_to_be_done_next_with_a_student_that_is_code(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out = "py:net.py:make", Path("a")
+    done = run(cli, out, "--method", "noise", "--student", code)
+    assert done.exit_code == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("next"))
+    program, *words = shlex.split(line.removeprefix("next"))
+    assert program == "fastkd" and words == ["eval", str(out), "--model", code]
+    assert cli(*words).exit_code == 0
+    untyped = cli("eval", out)
+    sentence = one_sentence(untyped.stderr)
+    assert untyped.exit_code == 2 and "py:net.py:make" in sentence and "add --model py:FILE:FUNCTION" in sentence
+    again = cli("run", "--student", f"ckpt:{out}", "--out", "b")
+    sentence = one_sentence(again.stderr)
+    assert again.exit_code == 4 and f"--student py:FILE:FUNCTION --student-weights {out}" in sentence, sentence
+    assert run(cli, Path("c"), "--method", "noise", "--student", code, "--student-weights", out).exit_code == 0
+
+
+def test_code_is_not_run_again_unless_it_is_typed_again(cli, tmp_path: Path, at_poll, code: str) -> None:
+    spec = code
     at_poll(6, stop)
     stopped = run(cli, tmp_path / "a", "--method", "noise", "--student", spec, "--set", "poll=2")
     assert stopped.exit_code == 75, stopped.stderr
