@@ -46,11 +46,7 @@ def execute(job: Job, out: Path | None, *, resume: str, listeners: Sequence[List
     """
     first = ranks.rank() == 0
     if out is not None and first:
-        if resume == "must" and not _has_checkpoints(out):
-            raise CheckpointError(nothing_to_resume(out))
-        refuse(out, resume=resume != "no")
-        if _has_checkpoints(out):
-            refuse_changes(out, job.config)
+        refuse_folder(job, out, resume)
     loop.prepare(job.method, job.given, global_bn=job.global_bn)  # a method that refuses leaves no folder behind
     refuse_different_ranks(job)
     with contextlib.ExitStack() as stack:
@@ -61,6 +57,19 @@ def execute(job: Job, out: Path | None, *, resume: str, listeners: Sequence[List
         found = out is not None and first and _has_checkpoints(out)
         go_on = bool(ranks.max(torch.tensor(float(found))).item())
         return _execute(job, out, resume=go_on, anew=resume == "auto", listeners=listeners, time_limit=time_limit)
+
+
+def refuse_folder(job: Job, out: Path, resume: str) -> None:
+    """Refuse a folder that the job cannot start or go on in, touching nothing.
+
+    Raises:
+      CheckpointError: nothing to resume. ConfigError: it is not empty, or holds another run. PlaceError: it is a file.
+    """
+    if resume == "must" and not _has_checkpoints(out):
+        raise CheckpointError(nothing_to_resume(out))
+    refuse(out, resume=resume != "no")
+    if _has_checkpoints(out):
+        refuse_changes(out, job.config)
 
 
 def nothing_to_resume(out: Path) -> str:
