@@ -53,7 +53,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--set", "teacher=3"], 2, ["teacher"]),
         (["--set", "ops.backend=cdua"], 2, ["cdua", "cuda"]),
         (["--device", "tpu"], 2, ["tpu", "cuda"]),
-        (["--data", "cifr10", "--teacher", "resnet8"], 2, ["weights"]),
+        (["--teacher", "resnet8"], 2, ["weights"]),
+        (["--data", "cifr10", "--teacher", "resnet8"], 2, ["unknown data set 'cifr10'", "did you mean 'cifar10'"]),
+        (["--data", "digit"], 2, ["unknown data set 'digit'", "did you mean 'digits'"]),
+        (["--set", "data=digit"], 2, ["unknown data set 'digit'", "did you mean 'digits'"]),
+        (["--data", "svhn:there"], 2, ["teacher of its own"]),
         (["--classes", "7"], 4, ["7", "10"]),
         (["--mean", "0.5,0.5", "--std", "0.5,0.5"], 2, ["2", "1"]),
         (["--class-names", "gone.txt"], 4, ["gone.txt"]),
@@ -102,7 +106,7 @@ class Marker:
 
 def damaged(kind: str, good: Path, folder: Path) -> Path:
     """A file that is not what its name says."""
-    path = folder / f"{kind}{'.pth' if kind in ('html', 'pickle', 'zip-pickle') else '.safetensors'}"
+    path = folder / f"{kind}{'.pth' if kind in ('html', 'code', 'pickle', 'zip-pickle') else '.safetensors'}"
     if kind == "directory":
         path.mkdir()
     elif kind == "empty":
@@ -111,6 +115,8 @@ def damaged(kind: str, good: Path, folder: Path) -> Path:
         path.write_bytes(good.read_bytes()[: good.stat().st_size // 2])
     elif kind == "header":
         path.write_bytes((2**40).to_bytes(8, "little") + b"{}")
+    elif kind == "code":
+        path.write_text("import torch\nfrom torch import nn\n\n\ndef small(classes, **_):\n    return nn.Linear(64, classes)\n")
     elif kind == "html":
         path.write_text("<!doctype html><html>404 not found</html>")
     elif kind == "pickle":
@@ -126,7 +132,7 @@ def damaged(kind: str, good: Path, folder: Path) -> Path:
 
 
 @pytest.mark.fault("T17")
-@pytest.mark.parametrize("kind", ["gone", "directory", "empty", "truncated", "header", "html", "pickle", "zip-pickle", "nan"])
+@pytest.mark.parametrize("kind", ["gone", "directory", "empty", "truncated", "header", "html", "code", "pickle", "zip-pickle", "nan"])
 def test_weights_that_are_none(cli, tmp_path: Path, weights: Path, kind: str) -> None:
     path = damaged(kind, weights, tmp_path)
     done = cli("run", "--teacher", "resnet8", "--teacher-weights", path, "--classes", 10, *OWN, "--out", tmp_path / "out")
