@@ -290,6 +290,22 @@ def test_all_checkpoints_cut_in_half(cli, copied: Path) -> None:
     assert done.exit_code == 5, done.stderr
     sentence = one_sentence(done.stderr)
     assert "state.safetensors" in sentence and "--out" in sentence
+    aside = sorted(p.name for p in (copied / "checkpoints").glob("damaged-step-*"))
+    again = cli("run", "--resume", "--out", copied)
+    assert again.exit_code == 5 and ", ".join(aside) in one_sentence(again.stderr) and len(aside) == 2
+    told = cli("info", "--run", copied)
+    assert told.exit_code == 5 and "no checkpoint is left" in told.stdout and all(name in told.stdout for name in aside)
+    anew = cli("run", "--resume=auto", "--out", copied, "--json")
+    assert anew.exit_code == 0 and "the run starts anew" in anew.stderr and ", ".join(aside) in anew.stderr, anew.stderr
+    result = json.loads(anew.stdout)
+    assert result["epochs"] == 3 and sum(result["seconds"].values()) <= result["wall"]
+
+
+def test_a_finished_run_has_nothing_to_continue(cli, copied: Path) -> None:
+    done = cli("run", "--resume", "--out", copied, "--json")
+    assert done.exit_code == 0 and "the run was already done" in done.stderr, done.stderr
+    result = json.loads(done.stdout)
+    assert result["epochs"] == 3 and not result["seconds"]
 
 
 def test_info_finds_the_damage(cli, copied: Path) -> None:
