@@ -28,10 +28,14 @@ def command(method: str | None, sets: tuple[str, ...], seed: int | None, device:
     """Distil the embedded digits teacher, then twice more with noise for images and the same student steps: the floor to beat."""
     from fastkd.cli import run
     from fastkd.cli.common import out_folder, table
+    from fastkd.engine.folder import refuse
 
     options = table(run.KEYS, {"method": method, "seed": seed, "device": device})
     config = run.configuration(None, options, sets, None, "no")
     out = out or out_folder("demo")
+    refuse(out, resume=True)
+    if out.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"--out '{out}' is not empty; expected a new or empty folder for the three runs of the demo.")
     rows: list[dict[str, Any]] = []
     name = str(config.method.get("name", "muse"))
     code, summary = walked(config, out / name)
