@@ -127,6 +127,8 @@ class Method:
     images). What depends on fields is for `check` to refuse."""
     per_pixel: ClassVar[bool] = False
     """Whether it distils networks that answer for each pixel (logits [B, C, H, W])."""
+    per_pixel_with: ClassVar[str] = ""
+    """The setting that it then needs, as `--set` takes it; empty: none."""
     space: ClassVar[Literal["unit", "normalised"]] = "unit"
     """Where its images live: [0, 1] and seen through `view`, or the teacher's normalised space."""
 

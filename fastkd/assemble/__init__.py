@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from fastkd import data
-from fastkd.assemble.execute import Outcome, execute
+from fastkd.assemble.execute import Outcome, execute, refuse_folder
 from fastkd.assemble.job import Job, make_job, resolve_device, resolve_precision
 from fastkd.assemble.networks import load_network, metadata, network_facts, placed
 from fastkd.config import RunConfig, TeacherConfig
-from fastkd.engine import dry, evaluation
+from fastkd.engine import dry, evaluation, folder
 from fastkd.engine.events import Listener
 from fastkd.errors import ConfigError, InputError
 from fastkd.nn import instrument
@@ -50,9 +50,19 @@ def distil(
     return execute(make_job(config), out, resume=resume, listeners=listeners, time_limit=time_limit)
 
 
-def dry_run(config: RunConfig, world: int = 1) -> dict[str, Any]:
-    """Every kind of step on fake tensors of the real sizes, as one of `world` ranks; see `engine.dry.walk`. Nothing is written."""
+def dry_run(config: RunConfig, world: int = 1, out: Path | None = None, *, resume: str = "no") -> dict[str, Any]:
+    """Every kind of step on fake tensors of the real sizes, as one of `world` ranks; see `engine.dry.walk`. Nothing is written.
+
+    Args:
+      out: the folder that a run would have, which is looked at; None: of no run. The device is not looked for. resume: as `distil`.
+    Raises:
+      FastkdError: what `distil` would refuse before its first step.
+    """
     job = make_job(config, fake=True)
+    if out is not None:
+        refuse_folder(job, out, resume)
+        folder.refuse_unwritable(out)
+        folder.refuse_owned(out)
     walked = dry.walk(job.method, job.given, precision=job.precision, global_bn=job.global_bn, world=world)
     places = job.given.places.said if job.given.places is not None else []
     return {**walked, "notes": [*job.notes, *places], "config": job.config}

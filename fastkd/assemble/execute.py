@@ -22,7 +22,7 @@ import fastkd
 from fastkd import models, ops, ranks
 from fastkd.assemble.job import Job
 from fastkd.config import SAFE_ON_RESUME
-from fastkd.engine import evaluation, loop, saver, signals
+from fastkd.engine import checkpoint, evaluation, loop, saver, signals
 from fastkd.engine.events import Events, Heartbeat, Listener, curve, final
 from fastkd.engine.folder import locked, prepare, refuse
 from fastkd.errors import CheckpointError, ConfigError, PlaceError, exit_code
@@ -46,11 +46,7 @@ def execute(job: Job, out: Path | None, *, resume: str, listeners: Sequence[List
     """
     first = ranks.rank() == 0
     if out is not None and first:
-        if resume == "must" and not _has_checkpoints(out):
-            raise CheckpointError(nothing_to_resume(out))
-        refuse(out, resume=resume != "no")
-        if _has_checkpoints(out):
-            refuse_changes(out, job.config)
+        refuse_folder(job, out, resume)
     loop.prepare(job.method, job.given, global_bn=job.global_bn)  # a method that refuses leaves no folder behind
     refuse_different_ranks(job)
     with contextlib.ExitStack() as stack:
@@ -63,8 +59,23 @@ def execute(job: Job, out: Path | None, *, resume: str, listeners: Sequence[List
         return _execute(job, out, resume=go_on, anew=resume == "auto", listeners=listeners, time_limit=time_limit)
 
 
+def refuse_folder(job: Job, out: Path, resume: str) -> None:
+    """Refuse a folder that the job cannot start or go on in, touching nothing.
+
+    Raises:
+      CheckpointError: nothing to resume. ConfigError: it is not empty, or holds another run. PlaceError: it is a file.
+    """
+    if resume == "must" and not _has_checkpoints(out):
+        raise CheckpointError(nothing_to_resume(out))
+    refuse(out, resume=resume != "no")
+    if _has_checkpoints(out):
+        refuse_changes(out, job.config)
+
+
 def nothing_to_resume(out: Path) -> str:
-    return f"nothing to resume in '{out}': no checkpoint is there; start it with --resume=auto, or with a new --out."
+    damaged = ", ".join(checkpoint.set_aside(out / "checkpoints"))
+    found = f"its checkpoints are damaged and were set aside ({damaged})" if damaged else "no checkpoint is there"
+    return f"nothing to resume in '{out}': {found}; start it {'anew ' if damaged else ''}with --resume=auto, or with a new --out."
 
 
 def _has_checkpoints(out: Path) -> bool:
@@ -159,6 +170,9 @@ def _execute(job: Job, out: Path | None, *, resume: bool, anew: bool, listeners:
     events.write("start", method=job.name, **facts, device=str(given.device), precision=job.precision, epochs=method.epochs, notes=notes)
     for key, was, now in changes(out, job.config) if resume and out is not None and first else ():
         events.write("changed", key=key, was=was, now=now)
+    damaged = checkpoint.set_aside(out / "checkpoints") if out is not None and first and not resume else []
+    if damaged:
+        events.write("warning", text=f"the run starts anew; damaged checkpoints of an earlier start lie beside ({', '.join(damaged)})")
     events.status("running")
     try:
         with signals.watched(time_limit) as stop:
@@ -182,7 +196,7 @@ def _summary(job: Job, facts: dict[str, Any], notes: list[str], events: Events, 
     score = evaluation.headline(job.test)
     scores = [e[score] for e in epochs if e.get("trained") and score in e]
     seconds: dict[str, float] = {}
-    for e in epochs:
+    for e in events.epochs:  # as `wall`: of this start
         for phase, s in e.get("seconds", {}).items():
             seconds[phase] = seconds.get(phase, 0.0) + s
     student = {
@@ -211,7 +225,7 @@ def _summary(job: Job, facts: dict[str, Any], notes: list[str], events: Events, 
 
 
 def _epochs(events: Events, out: Path | None) -> list[dict[str, Any]]:
-    """The epochs in order: what the log has of earlier starts, and those of this process, whose log may have failed."""
+    """The epochs in order: what the log has of starts that this one goes on from, and those of this process, whose log may have failed."""
     logged: list[dict[str, Any]] = []
     if out is not None and ranks.rank() == 0:
         with contextlib.suppress(OSError):

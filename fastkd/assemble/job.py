@@ -137,7 +137,8 @@ def check_answers(method: Method, name: str, teacher: Teacher, student: Student,
             f"the teacher answers {kind[teacher.dense]}, the student {kind[student.dense]}; expected the same, such as --student {near}."
         )
     if teacher.dense and not method.per_pixel:
-        able = [n for n in methods.names() if methods.method_class(n).per_pixel]
+        classes = {n: methods.method_class(n) for n in methods.names()}
+        able = [f"{n} with {c.per_pixel_with}" if c.per_pixel_with else n for n, c in classes.items() if c.per_pixel]
         raise ConfigError(
             f"the teacher answers for each pixel, method '{name}' needs one that answers once an image; expected {', '.join(able)}."
         )

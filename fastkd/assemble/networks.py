@@ -109,6 +109,9 @@ def load_network(config: TeacherConfig, default_data: str | None = None, *, what
     said, notes = models.describe(weights), list(weights.notes)
     spec = config.spec or said.get("spec")
     if spec is None:
+        code = coded(weights)
+        if code:
+            raise ConfigError(f"'{config.weights}' is of code ({code}); code runs only when it is typed: add --{what} py:FILE:FUNCTION.")
         raise ConfigError(
             f"'{config.weights}' does not name its architecture; expected --{what} SPEC, such as resnet20 (`fastkd models` lists them)."
         )
@@ -151,6 +154,12 @@ def load_network(config: TeacherConfig, default_data: str | None = None, *, what
     return Network(net, spec, (channels, size, size), classes, tuple(mean), tuple(std), names, weights.sha256, notes, said.get("data"))
 
 
+def coded(weights: models.Weights) -> str | None:
+    """The `py:` specification (without its folder) that a file of weights names; it tells the user which code to type, and runs nothing."""
+    said = weights.metadata.get("architecture", "")
+    return said if said.startswith("py:") else None
+
+
 def entry_of(spec: str | None) -> data.DatasetEntry | None:
     """The table's line of a data set by name, also of NAME:DIR."""
     return data.DATASETS.get((spec or "").partition(":")[0])
@@ -173,14 +182,29 @@ def make_student(config: RunConfig, teacher: Network) -> tuple[nn.Module, str, l
     if spec is None:
         raise ConfigError("no student is named; expected --student SPEC, such as wrn16_1 (`fastkd models` lists them).")
     if spec.startswith("ckpt:"):
-        found = models.load_weights(weights_path(spec.removeprefix("ckpt:")))
-        inner = models.describe(found).get("spec")
-        if inner is None:
-            raise InputError(f"'{spec}' does not name its architecture; expected a run folder of fastkd.")
-        spec, weights = inner, spec.removeprefix("ckpt:")
+        spec, weights = _of_run(spec), spec.removeprefix("ckpt:")
     net = models.build(spec, classes=teacher.classes, channels=teacher.shape[0], input_size=teacher.shape[1])
     notes = models.fit(net, models.load_weights(weights_path(weights)), what="student") if weights else []
     return net, spec, notes
+
+
+def _of_run(spec: str) -> str:
+    """The architecture of `ckpt:RUN_DIR`, or of the file of weights that stands there."""
+    place = spec.removeprefix("ckpt:")
+    path = weights_path(place)
+    if not path.exists() or path.is_dir():
+        why = "no network lies in" if path.is_dir() else "there is no"
+        raise InputError(f"'{spec}' is no run: {why} '{place}'; expected a run folder of fastkd.")
+    found = models.load_weights(path)
+    inner, code = models.describe(found).get("spec"), coded(found)
+    if code:
+        raise InputError(
+            f"the network of '{place}' is of code ({code}), which runs only when it is typed; "
+            f"use --student py:FILE:FUNCTION --student-weights {place}."
+        )
+    if not isinstance(inner, str):
+        raise InputError(f"'{spec}' does not name its architecture; expected a run folder of fastkd.")
+    return inner
 
 
 def network_facts(spec: str, net: nn.Module) -> dict[str, Any]:

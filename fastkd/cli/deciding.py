@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import click
@@ -63,3 +63,16 @@ def deciding(fn: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(OPTIONS):
         fn = option(fn)
     return fn
+
+
+def check_data(options: dict[str, Any], sets: Iterable[str]) -> None:
+    """Refuse data that are wrong as text, such as a misspelt name, before what else is missing is asked for.
+
+    Raises:
+      ConfigError, InputError: see `data.check_spec`.
+    """
+    from fastkd import config, data
+
+    spec = config.merge(options, config.parse_sets(sets)).get("data")
+    if isinstance(spec, str):
+        data.check_spec(spec)

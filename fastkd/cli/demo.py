@@ -28,10 +28,14 @@ def command(method: str | None, sets: tuple[str, ...], seed: int | None, device:
     """Distil the embedded digits teacher, then twice more with noise for images and the same student steps: the floor to beat."""
     from fastkd.cli import run
     from fastkd.cli.common import out_folder, table
+    from fastkd.engine.folder import refuse
 
     options = table(run.KEYS, {"method": method, "seed": seed, "device": device})
     config = run.configuration(None, options, sets, None, "no")
     out = out or out_folder("demo")
+    refuse(out, resume=True)
+    if out.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"--out '{out}' is not empty; expected a new or empty folder for the three runs of the demo.")
     rows: list[dict[str, Any]] = []
     name = str(config.method.get("name", "muse"))
     code, summary = walked(config, out / name)
@@ -116,4 +120,4 @@ def compare(rows: list[dict[str, Any]], out: Path) -> None:
     summary.print_table(("run", "network", ">parameters", ">top-1, last", ">mean of last 10", ">images", ">time"), lines)
     trained = "on real training images" if "data" in method_class(str(rows[0].get("method"))).needs else "without one real image"
     summary.print_facts([("student", f"{student.get('spec')}, trained {trained}; the test data are looked at to measure only"),
-                         ("folder", str(out)), ("next", f"fastkd eval {out / str(rows[0]['run'])}")])  # fmt: skip
+                         ("folder", str(out)), ("next", summary.evaluation(rows[0], out / str(rows[0]["run"])))])  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from fastkd.cli.common import Numbers, checked, emit, model_names, say, stored, table, verb
-from fastkd.errors import ConfigError
+from fastkd.errors import ConfigError, InputError
 
 KEYS = {key: key for key in ("spec", "weights", "mean", "std", "input_size", "classes", "channels", "class_names")}
 
@@ -44,6 +44,8 @@ def command(network: str | None, data: str | None, limit: int | None, device: st
     folder = Path(options["weights"])
     if data is None and (folder / "config.json").is_file():
         data = data_of(folder)
+    if data is None and not folder.exists() and not options["weights"].startswith("embedded:"):
+        raise InputError(f"there is no '{folder}'; expected a run folder, or a file of weights.")
     if data is None:
         raise ConfigError("no data to measure on; expected --data NAME (cifar10, digits, …), NAME:DIR or DIR.")
     from fastkd import assemble

@@ -39,7 +39,8 @@ def command(run_folder: Path | None, as_json: bool) -> int:
         show_run(found)
     else:
         show_machine(found)
-    return 5 if run_folder is not None and found["checkpoints"] and not any(c["good"] for c in found["checkpoints"]) else 0
+    saved = run_folder is not None and (found["checkpoints"] or found["set_aside"])
+    return 5 if saved and not any(c["good"] for c in found["checkpoints"]) else 0
 
 
 # This machine ---------------------------------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ def of_run(folder: Path) -> dict[str, Any]:
             checks.append({"name": path.name, "good": True, "why": "", "position": manifest["position"], "bytes": total})
         except (ValueError, OSError) as e:
             checks.append({"name": path.name, "good": False, "why": str(e), "position": None, "bytes": None})
-    damaged = [p.name for p in (folder / "checkpoints").glob("damaged-*")]
+    damaged = checkpoint.set_aside(folder / "checkpoints")
     status, lock = read_json(folder / "status.json"), read_json(folder / "lock")
     beats = heartbeat.read(folder)
     suspects = [b["rank"] for b in heartbeat.suspects(beats)] if (status or {}).get("state") == "running" else []
@@ -199,7 +200,8 @@ def show_run(found: dict[str, Any]) -> None:
         [_check_row(c) for c in found["checkpoints"]],
     )
     if not found["checkpoints"]:
-        summary.console().print("no checkpoint yet")
+        damaged = "no checkpoint is left: the damaged ones were set aside; --resume=auto starts the run anew"
+        summary.console().print(damaged if found["set_aside"] else "no checkpoint yet")
     if found["heartbeats"]:
         summary.print_table(
             ("rank", "phase", "step", ">in it", ">seen", "state"),

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from fastkd.cli.common import emit, table, verb
-from fastkd.cli.deciding import KEYS, deciding
+from fastkd.cli.deciding import KEYS, check_data, deciding
 
 
 @verb("plan")
@@ -26,7 +26,9 @@ def command(recipe: str | None, sets: tuple[str, ...], gpus: int | None, probed:
     from fastkd.cli import summary
     from fastkd.tasks.plan import plan
 
-    planned = plan(config.resolve(recipe, table(KEYS, options), sets, methods=methods.names()), gpus or 1, probed=probed)
+    given = table(KEYS, options)
+    check_data(given, sets)
+    planned = plan(config.resolve(recipe, given, sets, methods=methods.names()), gpus or 1, probed=probed)
     if as_json:
         emit(planned)
     else:

@@ -11,7 +11,7 @@ import click
 
 from fastkd.cli import several
 from fastkd.cli.common import Duration, data_word, emit, out_folder, say, stored, table, verb
-from fastkd.cli.deciding import KEYS, deciding
+from fastkd.cli.deciding import KEYS, check_data, deciding
 from fastkd.engine import launch
 from fastkd.errors import STOPPED, ConfigError, FastkdError
 
@@ -31,7 +31,7 @@ CONTINUE = "continue from the last checkpoint with"
 @click.option("--launcher", type=click.Choice(launch.LAUNCHERS), default="auto", help="auto: join torchrun's ranks; slurm: srun's.")
 @click.option("--max-restarts", type=click.IntRange(0), default=3, metavar="N", help="Restarts of all ranks after a crash (--gpus).")
 @click.option("--time-limit", type=Duration(), metavar="TIME", help="Stop with a checkpoint after 90s, 45m, 3h50m, 1d.")
-@click.option("--dry-run", is_flag=True, help="Check everything, print steps and memory, run nothing.")
+@click.option("--dry-run", is_flag=True, help="Check what a run checks (with --gpus but the GPUs), print steps and memory, run nothing.")
 def command(
     recipe: str | None, sets: tuple[str, ...], out: Path | None, resume: str, dry_run: bool, as_json: bool,
     gpus: int | None, launcher: str, max_restarts: int, time_limit: float | None, **options: Any,
@@ -48,13 +48,13 @@ def command(
     if resume != "no" and out is None:
         raise ConfigError("--resume does not say which run; expected --out DIR with the folder of the run to continue.")
     config = configuration(recipe, table(KEYS, options), sets, out if resume != "no" else None, resume)
-    if dry_run:
-        return show_dry_run(config, gpus or 1, as_json)
     rank = launch.is_rank(launcher)
     if out is None and rank:
         raise ConfigError("several ranks need one folder that all of them see; expected --out DIR.")
     if out is None:
         out = out_folder(f"{config.method.get('name', 'muse')}-{data_word(config.data)}")
+    if dry_run:
+        return show_dry_run(config, gpus or 1, out, resume, as_json)
     if rank:
         left = launch.time_left(time_limit)
         return several.one_of_them(config, out, lambda: distil(config, out, resume_of_rank(resume), as_json, left))
@@ -87,6 +87,7 @@ def configuration(recipe: str | None, options: dict[str, Any], sets: tuple[str, 
     """The configuration of a new run, or that of the folder `continued` with what was given written over it."""
     from fastkd import config, methods
 
+    check_data(options, sets)
     if continued is None or (resume == "auto" and not (continued / "config.json").is_file()):
         return config.resolve(recipe, options, sets, methods=methods.names())
     values = stored(continued, None)
@@ -154,12 +155,14 @@ def saved(out: Path) -> bool:
         return False
 
 
-def show_dry_run(config: RunConfig, gpus: int, as_json: bool) -> int:
-    """What a run would do, without doing any of it; `fastkd plan` also measures."""
+def show_dry_run(config: RunConfig, gpus: int, out: Path, resume: str, as_json: bool) -> int:
+    """What a run would do, without doing any of it; `fastkd plan` also measures. With several ranks the GPUs may be elsewhere."""
     from fastkd import assemble
     from fastkd.cli import summary
 
-    planned = assemble.dry_run(config, gpus)
+    if gpus == 1:
+        assemble.resolve_device(config.device)
+    planned = assemble.dry_run(config, gpus, out, resume=resume)
     if as_json:
         emit(planned)
     else:

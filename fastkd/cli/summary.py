@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,15 @@ def show(summary: dict[str, Any], out: Path | None, code: int, following: str | 
     print_table(("", "network", ">parameters", f">{score}", ""), networks(summary))
     rows = facts(summary, out)
     if code == 0 and (following or out is not None):
-        measured = summary.get("data") not in (None, "none")
-        rows.append(("next", following or f"fastkd eval {out}" + ("" if measured else " --data SPEC")))
+        rows.append(("next", following or evaluation(summary, out)))
     print_facts(rows)
+
+
+def evaluation(summary: dict[str, Any], out: Path | None) -> str:
+    """The command that measures the network of a run folder; code is named in it, because it runs only when it is typed."""
+    spec = str((summary.get("student") or {}).get("spec"))
+    words = ["fastkd", "eval", str(out), *(["--model", spec] if spec.startswith("py:") else [])]
+    return shlex.join(words if summary.get("data") not in (None, "none") else [*words, "--data", "SPEC"])
 
 
 def show_plan(planned: dict[str, Any]) -> None:

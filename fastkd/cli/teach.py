@@ -83,7 +83,8 @@ def train(config: TeachConfig, out: Path, resume: str, as_json: bool) -> int:
     if as_json:
         emit({"code": outcome.code, "out": str(out), **outcome.summary})
     else:
-        following = shlex.join(["fastkd", "run", "--teacher-weights", str(out), "--data", config.data, "--student", "SPEC"])
+        code = ["--teacher", config.model] if config.model.startswith("py:") else []
+        following = shlex.join(["fastkd", "run", *code, "--teacher-weights", str(out), "--data", config.data, "--student", "SPEC"])
         summary.show(outcome.summary, out, outcome.code, following)
     if outcome.code == STOPPED:
         say(f"stopped with a checkpoint; continue with: {how}")

@@ -95,6 +95,9 @@ class Show:
         self.draw(at_once=True)
 
     def on_resumed(self, event: Event) -> None:
+        if self.epochs and event["epoch"] >= self.epochs:
+            self.line(f"the run was already done, after {event['epoch']} epochs; no step was left to do")
+            return
         self.line(f"continued from {event.get('checkpoint', 'a checkpoint')} (epoch {event['epoch']}, step {event['step']})")
 
     def on_warning(self, event: Event) -> None:

@@ -170,6 +170,11 @@ def listed(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
 
+def set_aside(folder: Path) -> list[str]:
+    """Names of the damaged checkpoints that `newest` has set aside in `folder`."""
+    return sorted(p.name for p in folder.glob("damaged-step-*"))
+
+
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the `keep` newest (at least one), oldest first, and what an interrupted save left behind. Rank 0 does it."""
     if ranks.rank():

@@ -14,6 +14,10 @@ from fastkd.files import write_atomic
 Listener = Callable[[dict[str, Any]], None]
 
 
+STARTING = ("start", "changed", "warning", "resumed")
+"""What is written of a start before its first step."""
+
+
 class Events:
     """Writes events and hands them to listeners. A log that cannot be written never ends a run.
 
@@ -106,5 +110,16 @@ def parsed(lines: Iterable[str | bytes]) -> Iterator[dict[str, Any]]:
 
 
 def curve(path: Path) -> list[dict[str, Any]]:
-    """The epoch events of a run in order, the last one written for each epoch (a resumed run writes some twice)."""
-    return [e for _, e in sorted({e["epoch"]: e for e in read(path) if e["kind"] == "epoch" and "epoch" in e}.items())]
+    """The epoch events of a run in order, the last one written for each epoch (a resumed run writes some twice), since it last started
+    from the beginning."""
+    found: dict[int, dict[str, Any]] = {}
+    starting = False
+    for e in read(path):
+        if e["kind"] in STARTING:
+            starting = e["kind"] != "resumed" and (starting or e["kind"] == "start")
+            continue
+        if starting:  # and nothing was resumed
+            found, starting = {}, False
+        if e["kind"] == "epoch" and "epoch" in e:
+            found[e["epoch"]] = e
+    return [e for _, e in sorted(found.items())]

@@ -41,6 +41,18 @@ def refuse(out: Path, *, resume: bool) -> None:
         raise ConfigError(f"--out '{out}' is not empty; choose a new folder, or continue the run in it with --resume=auto.")
 
 
+def refuse_unwritable(out: Path) -> None:
+    """Refuse a folder that could not be made, or not be written, by what the rights of the nearest folder say; touches nothing.
+
+    Raises:
+      PlaceError: no right to write there, or a file stands on the way. A full disk shows only when something is written.
+    """
+    there = next((p for p in (out, *out.absolute().parents) if p.exists()), Path("/"))
+    number = errno.ENOTDIR if not there.is_dir() else 0 if os.access(there, os.W_OK | os.X_OK) else errno.EACCES
+    if number:
+        raise PlaceError(f"--out '{out}' cannot be written: {why(OSError(number, ''))}; choose a folder with room and write permission.")
+
+
 def prepare(out: Path, *, resume: bool) -> None:
     """Make the folder and prove, by a file that is written and fsynced, that it can hold a run.
 

@@ -105,7 +105,10 @@ class Expansion(Method):
             )
         feature = self.teacher(torch.zeros(1, *self.shape, device=self.device)).feature
         if self.lambda_fa and (feature is None or feature.dim() != 2):
-            raise ConfigError("CDE needs a classifier that ends in a linear layer as its teacher, and none was found in this one.")
+            raise ConfigError(
+                "CDE needs a classifier that ends in a linear layer as its teacher, and none was found in this one; "
+                "without its discriminator it runs too (--set method.lambda_fa=0)."
+            )
         if self.real is not None and self.kd_mix == "halves" and self.student_batch() % 2:
             n = self.student_batch()
             raise ConfigError(f"a student's batch of {n} has no halves; expected an even number (nearest: {n + 1}).")
@@ -248,6 +251,7 @@ class PoolExpansion(Expansion, PoolMethod):  # no dataclass: its copy of PoolMet
 class CdeFast(PoolExpansion, Fast):
     """Defaults: on Fast-10, ResNet-34 → ResNet-18 on CIFAR-10/100; the discriminator's are ours, none are published."""
 
+    per_pixel_with: ClassVar[str] = "method.lambda_fa=0"
     g_steps: Count = 10
     lr_g: Rate = 2e-3
 

@@ -16,6 +16,8 @@ import torch
 
 from fastkd.errors import InputError
 
+CALLABLE = re.compile(r"[\w.]+ [\w.]+")
+"""Module and name. In the text of a program, which is no pickle, the walk over the opcodes finds `mport torch` and the next line."""
 EXPECTED = "a state dict in a .safetensors, .pt, .pth or .th file"
 
 
@@ -99,7 +101,9 @@ def _read_torch(path: str) -> Any:
         _check_zip(path)
     elif not _legacy(path):
         with open(path, "rb") as f:
-            what = "a cut-off file" if f.read(2) == b"PK" else "neither a safetensors nor a torch file"
+            start = f.read(1024)
+        other = "a text file, not weights" if _is_text(start) else "neither a safetensors nor a torch file"
+        what = "a cut-off file" if start[:2] == b"PK" else other
         raise InputError(f"'{path}' is {what}; expected {EXPECTED}.")
     try:
         with torch.serialization.safe_globals(_allowed()), warnings.catch_warnings():
@@ -146,6 +150,12 @@ def _is_text_pickle(path: str) -> bool:
     return os.path.getsize(path) < (1 << 20) and bool(_globals(path))
 
 
+def _is_text(start: bytes) -> bool:
+    """Whether the first bytes of a file are lines that people read."""
+    text = start.decode("utf-8", errors="ignore")
+    return len(text.encode()) > len(start) - 4 and all(c.isprintable() or c in "\t\r\n\f" for c in text)
+
+
 def _blocked(path: str, zipped: bool) -> list[str]:
     """The callables that a pickle asks for and that are not admitted. Reads opcodes, builds nothing."""
     if zipped:
@@ -173,7 +183,7 @@ def _globals(path: str) -> list[str]:
             for _ in range(8):  # a legacy torch file is several pickles in a row
                 strings: list[str] = []
                 for op, arg, _ in pickletools.genops(f):
-                    if op.name in ("GLOBAL", "INST"):
+                    if op.name in ("GLOBAL", "INST") and CALLABLE.fullmatch(str(arg)):
                         names.append(str(arg).replace(" ", "."))
                     elif op.name == "STACK_GLOBAL":
                         names.append(".".join(strings[-2:]))

@@ -36,3 +36,11 @@ def test_a_folder_that_is_taken(cli, tmp_path: Path) -> None:
     (tmp_path / "muse" / "x").write_text("x")
     done = cli("demo", *sets(*TINY), "--out", tmp_path)
     assert done.exit_code == 2 and "not empty" in one_sentence(done.stderr)
+
+
+def test_a_finished_run_is_no_folder_for_a_demo(cli, tmp_path: Path) -> None:
+    for name in ("config.json", "student.safetensors"):
+        (tmp_path / name).write_text("x")
+    done = cli("demo", *sets(*TINY), "--out", tmp_path)
+    assert done.exit_code == 2 and f"'{tmp_path}' is not empty; expected a new" in one_sentence(done.stderr)
+    assert len(list(tmp_path.iterdir())) == 2

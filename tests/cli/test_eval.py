@@ -35,7 +35,8 @@ def test_embedded_teacher_for_people(cli) -> None:
     [
         ([], 2, "no network"),
         (["a", "--model-weights", "b"], 2, "two networks"),
-        (["gone.safetensors"], 2, "--data"),
+        (["gone.safetensors"], 4, "there is no 'gone.safetensors'"),
+        (["embedded:digits-resnet20"], 2, "--data"),
         (["gone.safetensors", "--data", "digits"], 4, "gone.safetensors"),
         (["gone.safetensors", "--data", "digits", "--device", "tpu"], 2, "tpu"),
         (["gone.safetensors", "--data", "digits", "--input-size", "0"], 2, "input_size is 0"),

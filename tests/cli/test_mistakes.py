@@ -40,6 +40,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--student", "microsoft/resnet-18"], 2, ["microsoft/resnet-18", "prefix"]),
         (["--student", "tim:resnet18"], 2, ["tim", "timm"]),
         (["--student", "py:gone.py:make"], 2, ["gone.py"]),
+        (["--student", "ckpt:nope"], 4, ["there is no 'nope'", "run folder"]),
         (["--set", "method.epoch=3"], 2, ["method.epoch", "method.epochs"]),
         (["--set", "method.epochs=many"], 2, ["method.epochs is 'many'", "integer"]),
         (["--set", "method.epochs=0"], 2, ["method.epochs", "1"]),
@@ -52,7 +53,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--set", "teacher=3"], 2, ["teacher"]),
         (["--set", "ops.backend=cdua"], 2, ["cdua", "cuda"]),
         (["--device", "tpu"], 2, ["tpu", "cuda"]),
-        (["--data", "cifr10", "--teacher", "resnet8"], 2, ["weights"]),
+        (["--teacher", "resnet8"], 2, ["weights"]),
+        (["--data", "cifr10", "--teacher", "resnet8"], 2, ["unknown data set 'cifr10'", "did you mean 'cifar10'"]),
+        (["--data", "digit"], 2, ["unknown data set 'digit'", "did you mean 'digits'"]),
+        (["--set", "data=digit"], 2, ["unknown data set 'digit'", "did you mean 'digits'"]),
+        (["--data", "svhn:there"], 2, ["teacher of its own"]),
         (["--classes", "7"], 4, ["7", "10"]),
         (["--mean", "0.5,0.5", "--std", "0.5,0.5"], 2, ["2", "1"]),
         (["--class-names", "gone.txt"], 4, ["gone.txt"]),
@@ -101,7 +106,7 @@ class Marker:
 
 def damaged(kind: str, good: Path, folder: Path) -> Path:
     """A file that is not what its name says."""
-    path = folder / f"{kind}{'.pth' if kind in ('html', 'pickle', 'zip-pickle') else '.safetensors'}"
+    path = folder / f"{kind}{'.pth' if kind in ('html', 'code', 'pickle', 'zip-pickle') else '.safetensors'}"
     if kind == "directory":
         path.mkdir()
     elif kind == "empty":
@@ -110,6 +115,8 @@ def damaged(kind: str, good: Path, folder: Path) -> Path:
         path.write_bytes(good.read_bytes()[: good.stat().st_size // 2])
     elif kind == "header":
         path.write_bytes((2**40).to_bytes(8, "little") + b"{}")
+    elif kind == "code":
+        path.write_text("import torch\nfrom torch import nn\n\n\ndef small(classes, **_):\n    return nn.Linear(64, classes)\n")
     elif kind == "html":
         path.write_text("<!doctype html><html>404 not found</html>")
     elif kind == "pickle":
@@ -125,7 +132,7 @@ def damaged(kind: str, good: Path, folder: Path) -> Path:
 
 
 @pytest.mark.fault("T17")
-@pytest.mark.parametrize("kind", ["gone", "directory", "empty", "truncated", "header", "html", "pickle", "zip-pickle", "nan"])
+@pytest.mark.parametrize("kind", ["gone", "directory", "empty", "truncated", "header", "html", "code", "pickle", "zip-pickle", "nan"])
 def test_weights_that_are_none(cli, tmp_path: Path, weights: Path, kind: str) -> None:
     path = damaged(kind, weights, tmp_path)
     done = cli("run", "--teacher", "resnet8", "--teacher-weights", path, "--classes", 10, *OWN, "--out", tmp_path / "out")
@@ -283,6 +290,22 @@ def test_all_checkpoints_cut_in_half(cli, copied: Path) -> None:
     assert done.exit_code == 5, done.stderr
     sentence = one_sentence(done.stderr)
     assert "state.safetensors" in sentence and "--out" in sentence
+    aside = sorted(p.name for p in (copied / "checkpoints").glob("damaged-step-*"))
+    again = cli("run", "--resume", "--out", copied)
+    assert again.exit_code == 5 and ", ".join(aside) in one_sentence(again.stderr) and len(aside) == 2
+    told = cli("info", "--run", copied)
+    assert told.exit_code == 5 and "no checkpoint is left" in told.stdout and all(name in told.stdout for name in aside)
+    anew = cli("run", "--resume=auto", "--out", copied, "--json")
+    assert anew.exit_code == 0 and "the run starts anew" in anew.stderr and ", ".join(aside) in anew.stderr, anew.stderr
+    result = json.loads(anew.stdout)
+    assert result["epochs"] == 3 and sum(result["seconds"].values()) <= result["wall"]
+
+
+def test_a_finished_run_has_nothing_to_continue(cli, copied: Path) -> None:
+    done = cli("run", "--resume", "--out", copied, "--json")
+    assert done.exit_code == 0 and "the run was already done" in done.stderr, done.stderr
+    result = json.loads(done.stdout)
+    assert result["epochs"] == 3 and not result["seconds"]
 
 
 def test_info_finds_the_damage(cli, copied: Path) -> None:

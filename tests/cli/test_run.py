@@ -94,6 +94,49 @@ def test_dry_run_writes_nothing(cli, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "learn" in said and "nothing was written" in said
 
 
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--out", "file"], 3, "is a file"),
+        (["--out", "file/below"], 3, "cannot be written"),
+        (["--out", "full"], 2, "not empty"),
+        (["--out", "empty", "--resume=auto", "--launcher", "slurm"], 2, "SLURM_PROCID"),
+        (["--device", "cuda:90"], 3, "cuda:90"),
+        (["--device", "cuda:90", "--out", "empty"], 3, "cuda:90"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else None,
+)
+def test_a_dry_run_refuses_what_the_run_refuses(
+    cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], code: int, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("x")
+    Path("empty").mkdir()
+    Path("full").mkdir()
+    Path("full/thesis.txt").write_text("x")
+    before = sorted(tmp_path.rglob("*"))
+    dry, real = (cli("run", *sets(*TINY), *words, *more) for more in (["--dry-run"], []))
+    assert dry.exit_code == real.exit_code == code and said in one_sentence(dry.stderr) == one_sentence(real.stderr), dry.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_looks_at_rights(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # rights do not bind an administrator
+    done = cli("run", *sets(*TINY), "--dry-run", "--out", tmp_path / "a" / "b")
+    assert done.exit_code == 3 and "permission is denied" in one_sentence(done.stderr)
+    assert cli("run", *sets(*TINY), "--dry-run", "--out", tmp_path.parent / "elsewhere").exit_code == 0
+
+
+def test_a_dry_run_of_a_continued_run(cli, tmp_path: Path, at_poll) -> None:
+    at_poll(6, stop)
+    assert run(cli, tmp_path / "a", "--set", "poll=2").exit_code == 75
+    before = sorted(tmp_path.rglob("*"))
+    assert cli("run", "--resume", "--out", tmp_path / "a", "--dry-run").exit_code == 0
+    done = cli("run", "--resume", "--out", tmp_path / "a", "--dry-run", "--seed", "9")
+    assert done.exit_code == 2 and "another seed" in one_sentence(done.stderr)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_options_reach_the_configuration(cli, tmp_path: Path) -> None:
     done = run(cli, tmp_path / "a", "--method", "noise", "--seed", 7, "--precision", "fp32", "--device", "cpu", "--set", "poll=3")
     assert done.exit_code == 0, done.stderr
@@ -150,12 +193,36 @@ def test_what_is_safe_may_change_and_the_rest_may_not(cli, tmp_path: Path, at_po
     assert told == [("checkpoint.keep", 2, 1), ("poll", 2, 5)]
 
 
-def test_code_is_not_run_again_unless_it_is_typed_again(cli, tmp_path: Path, at_poll) -> None:
+@pytest.fixture
+def code(tmp_path: Path) -> str:
+    """A network that is code, in net.py: its specification."""
     (tmp_path / "net.py").write_text(
         "from torch import nn\n\n\ndef make(classes, **_):\n"
         "    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))\n"
     )
-    spec = f"py:{tmp_path / 'net.py'}:make"
+    return f"py:{tmp_path / 'net.py'}:make"
+
+
+def test_what_is_to_be_done_next_with_a_student_that_is_code(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out = "py:net.py:make", Path("a")
+    done = run(cli, out, "--method", "noise", "--student", code)
+    assert done.exit_code == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("next"))
+    program, *words = shlex.split(line.removeprefix("next"))
+    assert program == "fastkd" and words == ["eval", str(out), "--model", code]
+    assert cli(*words).exit_code == 0
+    untyped = cli("eval", out)
+    sentence = one_sentence(untyped.stderr)
+    assert untyped.exit_code == 2 and "py:net.py:make" in sentence and "add --model py:FILE:FUNCTION" in sentence
+    again = cli("run", "--student", f"ckpt:{out}", "--out", "b")
+    sentence = one_sentence(again.stderr)
+    assert again.exit_code == 4 and f"--student py:FILE:FUNCTION --student-weights {out}" in sentence, sentence
+    assert run(cli, Path("c"), "--method", "noise", "--student", code, "--student-weights", out).exit_code == 0
+
+
+def test_code_is_not_run_again_unless_it_is_typed_again(cli, tmp_path: Path, at_poll, code: str) -> None:
+    spec = code
     at_poll(6, stop)
     stopped = run(cli, tmp_path / "a", "--method", "noise", "--student", spec, "--set", "poll=2")
     assert stopped.exit_code == 75, stopped.stderr

@@ -45,6 +45,18 @@ def test_summary_names_the_next_command(cli, tmp_path: Path) -> None:
     assert f"fastkd run --teacher-weights {tmp_path / 't'}" in done.stdout
 
 
+def test_next_command_of_a_teacher_that_is_code(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(
+        "from torch import nn\n\n\ndef make(classes, **_):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))\n"
+    )
+    done = cli("teach", "--model", "py:net.py:make", "--epochs", 1, "--batch", 64, "--out", "t")
+    assert done.exit_code == 0, done.stderr
+    assert "fastkd run --teacher py:net.py:make --teacher-weights t" in done.stdout
+    untyped = cli("run", "--method", "noise", "--teacher-weights", "t", "--student", "resnet8")
+    assert untyped.exit_code == 2 and "add --teacher py:FILE:FUNCTION" in one_sentence(untyped.stderr)
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [

@@ -46,6 +46,26 @@ def test_the_event_after_a_torn_line_is_not_lost_with_it(tmp_path):
     assert [e["epoch"] for e in events.curve(path)] == [0, 1, 2] and path.read_text().count("\n") == 4
 
 
+@pytest.mark.parametrize(
+    ("then", "epochs"),
+    [
+        (["start", "epoch 0"], [0]),
+        (["start", "warning", "epoch 0"], [0]),
+        (["start", "warning", "resumed", "epoch 1"], [0, 1, 2]),
+        (["start", "start", "resumed", "epoch 1"], [0, 1, 2]),
+        (["start", "checkpoint", "start", "resumed", "epoch 0"], [0]),
+        (["start"], [0, 1, 2]),
+    ],
+    ids=lambda v: "-".join(map(str, v)),
+)
+def test_the_curve_is_that_of_the_newest_start_from_the_beginning(tmp_path, then, epochs):
+    log = events.Events(tmp_path)
+    for line in ("start", "epoch 0", "epoch 1", "epoch 2", *then):
+        kind, _, epoch = line.partition(" ")
+        log.write(kind, **({"epoch": int(epoch)} if epoch else {}))
+    assert [e["epoch"] for e in events.curve(tmp_path / "events.jsonl")] == epochs
+
+
 @pytest.mark.fault("T9")
 def test_a_damaged_checkpoint_costs_only_its_steps(tmp_path):
     whole = small.prepared("fast")

@@ -389,7 +389,7 @@ def test_a_teacher_without_a_linear_head_is_refused():
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     method, given = small.small("cde"), small.given()
     given.teacher, given.real = instrument(net, shape=given.shape), method.choose_real(given.real, 4)
-    with pytest.raises(ConfigError, match="ends in a linear layer"):
+    with pytest.raises(ConfigError, match=r"ends in a linear layer.*--set method.lambda_fa=0"):
         loop.prepare(method, given)
 
 

@@ -63,6 +63,13 @@ def test_a_web_page(tmp_path, text, name):
     refused(tmp_path / name, "web page (HTML)")
 
 
+@pytest.mark.parametrize("text", ["import torch\nfrom torch import nn\n\nnet = nn.Linear(2, 3)\n", "a,b\n1,2\n", "größer als " * 200])
+def test_a_text_file(tmp_path, text):
+    (tmp_path / "nets.py").write_text(text)
+    said = refused(tmp_path / "nets.py", "is a text file, not weights")
+    assert "pickle" not in said
+
+
 def test_other_things_under_the_name(tmp_path):
     file = tmp_path / "net.pth"
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
