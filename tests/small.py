@@ -144,11 +144,17 @@ def real(classes: int = 4, size: int = 16, channels: int = 1, n: int = 28) -> Im
 
 def prepared(name: str, over: dict[str, Any] | None = None, seed: int = 0, **kw: Any) -> Method:
     """A method that is built and sealed."""
-    method, found = small(name, over), given(seed, **kw)
+    method = small(name, over)
+    loop.prepare(method, given_to(method, seed, **kw))
+    return method
+
+
+def given_to(method: Method, seed: int = 0, **kw: Any) -> Given:
+    """What `given` gives, with the real images that the method chooses."""
+    found = given(seed, **kw)
     if method.uses_real():
         found.real = method.choose_real(found.real, found.classes)
-    loop.prepare(method, found)
-    return method
+    return found
 
 
 def run(method: Method, out=None, *, resume: bool = False, **settings: Any) -> int:

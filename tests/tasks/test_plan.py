@@ -114,7 +114,8 @@ def test_a_teacher_without_weights_stands_for_one_of_its_size():
     planned = plan(config.resolve("muse-imagenet-112", {"device": "cpu"}), 8, probed=False)
     assert any("the teacher is random" in n for n in planned["notes"])
     assert {s["args"] for s in planned["steps"] if s["step"] == "invert"} == {"112, False", "112, True"}
-    assert planned["bytes"]["at"] > 512_000 * 3 * 112 * 112 and planned["total"] > 180_000
+    whole = 512_000 * 3 * 112 * 112  # the pool, which the eight ranks share where it does not fit on each
+    assert planned["bytes"]["at"] > whole / 8 and planned["total"] > 180_000
     with pytest.raises(ConfigError, match="the teacher has no weights"):  # it is not known how large it is
         plan(config.resolve(None, {"teacher": {"spec": "resnet20"}, "student": {"spec": "resnet8"}}))
 
@@ -134,6 +135,6 @@ def test_a_peak_counts_what_was_freed_meanwhile():
 @pytest.mark.parametrize("variant", [v for v in small.VARIANTS if not v[1]], ids=small.ident)
 def test_every_method_can_be_probed(variant):
     method = small.small(*variant)
-    found = probe.probe(method, small.given(), Settings())
+    found = probe.probe(method, small.given_to(method), Settings())
     assert all(row["seconds"] > 0 for row in found["steps"]) and found["guards"] > 0 and not found["said"]
     assert walk_run(small.prepared(*variant), Settings(max_steps=2), Events(None), None) == 75
