@@ -104,7 +104,8 @@ def make_method(table: dict[str, Any]) -> Method:
     warmup = getattr(method, "warmup", 0)
     if warmup >= method.epochs:
         raise ConfigError(
-            f"method.warmup is {warmup} of {method.epochs} epochs, so the student would never learn; expected less than method.epochs."
+            f"method.warmup is {warmup} of {method.epochs} epochs, so the student would never learn; expected less: "
+            f"--set method.warmup={method.epochs - 1} at most, or --set method.epochs={warmup + 1} at least."
         )
     return method
 

@@ -130,6 +130,8 @@ def load_network(config: TeacherConfig, default_data: str | None = None, *, what
     classes = known("classes", config.classes, said.get("classes_in_head") or (len(names) if names else None))
     if classes is None:
         raise ConfigError(f"the number of classes of '{config.weights}' is not known; expected --classes N.")
+    if names is not None and len(names) != classes and config.classes is not None and config.class_names is None:
+        raise InputError(f"the {what} '{config.weights}' has {len(names)} classes, found --classes {classes}; leave that option out.")
     if names is not None and len(names) != classes:
         raise InputError(f"{len(names)} class names for {classes} classes; expected one a class.")
     entry = entry_of(default_data)

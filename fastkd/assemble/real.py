@@ -57,6 +57,7 @@ def condensed_set(config: RunConfig, method: Method, name: str, teacher: Network
     if not method.uses_condensed():
         raise ConfigError(f"condensed is '{config.condensed}', and method '{name}' takes none; leave it out, or use --method cde.")
     if config.real is not None:
-        raise ConfigError(f"both condensed ('{config.condensed}') and real ('{config.real}') are given; expected one of them.")
+        both = f"both condensed ('{config.condensed}') and real ('{config.real}') are given"
+        raise ConfigError(f"{both}; expected one of them: --set condensed=none, or --set real=none.")
     path = embedded(config.condensed, "condensed") if is_embedded(config.condensed) else config.condensed
     return method.choose_real(condensed.read(path, classes=teacher.classes, shape=teacher.shape), teacher.classes)

@@ -86,7 +86,10 @@ class Duration(click.ParamType):
         parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", str(value))
         if not parts or "".join(n + unit for n, unit in parts) != str(value):
             self.fail(f"{value!r} is not a time; expected one such as 90s, 45m, 3h50m or 1d", param, ctx)
-        return sum(float(n) * self.UNITS[unit] for n, unit in parts)
+        found = sum(float(n) * self.UNITS[unit] for n, unit in parts)
+        if not found:
+            self.fail(f"{value!r} leaves no time for a step; expected one such as 90s, 45m, 3h50m or 1d", param, ctx)
+        return found
 
 
 def method_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import click
 
 from fastkd.cli.common import Numbers, method_names, model_names, recipe_names
+from fastkd.errors import ConfigError
 
 KEYS = {
     "method": "method.name",
@@ -65,14 +67,27 @@ def deciding(fn: Callable[..., Any]) -> Callable[..., Any]:
     return fn
 
 
-def check_data(options: dict[str, Any], sets: Iterable[str]) -> None:
-    """Refuse data that are wrong as text, such as a misspelt name, before what else is missing is asked for.
+def check_given(recipe: str | None, options: dict[str, Any], sets: Iterable[str]) -> None:
+    """Refuse data that are wrong as text, such as a misspelt name, before what else is missing is asked for; and a method's key without
+    its `method.`.
 
     Raises:
-      ConfigError, InputError: see `data.check_spec`.
+      ConfigError, InputError: see `data.check_spec`; or the key, with the right one.
     """
     from fastkd import config, data
 
-    spec = config.merge(options, config.parse_sets(sets)).get("data")
-    if isinstance(spec, str):
-        data.check_spec(spec)
+    given = config.merge(options, config.parse_sets(sets))
+    for key in given.keys() - config.RunConfig.model_fields.keys():
+        if is_field(key, config.merge(config.read_recipe(recipe) if recipe else {}, given).get("method")):
+            raise ConfigError(f"unknown key '{key}'; did you mean 'method.{key}'? It is the method's own.")
+    if isinstance(given.get("data"), str):
+        data.check_spec(given["data"])
+
+
+def is_field(key: str, method: Any) -> bool:
+    """Whether a `method` entry (its name alone, or a table that holds it) is of a method with this field."""
+    from fastkd import methods
+
+    table = method if isinstance(method, dict) else {"name": method or "muse"}
+    name = table.get("name", "muse")
+    return name in methods.names() and any(f.name == key for f in dataclasses.fields(methods.method_class(name, table)))

@@ -36,6 +36,9 @@ def command(spec: str | None, save: Path | None, as_json: bool, **options: Any) 
       fastkd models resnet20 --model-weights resnet20.pt --mean 0.49,0.48,0.45 --std 0.25,0.24,0.26 --save resnet20.safetensors
     """
     if spec is None and not options["weights"]:
+        given = [f"--{name.replace('_', '-')}" for name, value in {"save": save, **options}.items() if value is not None]
+        if given:
+            raise ConfigError(f"{given[0]} is of one network, and none is named; expected a SPEC, or --model-weights FILE.")
         return every(as_json)
     from fastkd.config import TeacherConfig
 

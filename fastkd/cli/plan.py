@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from fastkd.cli.common import emit, table, verb
-from fastkd.cli.deciding import KEYS, check_data, deciding
+from fastkd.cli.deciding import KEYS, check_given, deciding
 
 
 @verb("plan")
@@ -27,7 +27,7 @@ def command(recipe: str | None, sets: tuple[str, ...], gpus: int | None, probed:
     from fastkd.tasks.plan import plan
 
     given = table(KEYS, options)
-    check_data(given, sets)
+    check_given(recipe, given, sets)
     planned = plan(config.resolve(recipe, given, sets, methods=methods.names()), gpus or 1, probed=probed)
     if as_json:
         emit(planned)

@@ -11,7 +11,7 @@ import click
 
 from fastkd.cli import several
 from fastkd.cli.common import Duration, data_word, emit, out_folder, say, stored, table, verb
-from fastkd.cli.deciding import KEYS, check_data, deciding
+from fastkd.cli.deciding import KEYS, check_given, deciding
 from fastkd.engine import launch
 from fastkd.errors import STOPPED, ConfigError, FastkdError
 
@@ -87,7 +87,7 @@ def configuration(recipe: str | None, options: dict[str, Any], sets: tuple[str, 
     """The configuration of a new run, or that of the folder `continued` with what was given written over it."""
     from fastkd import config, methods
 
-    check_data(options, sets)
+    check_given(recipe, options, sets)
     if continued is None or (resume == "auto" and not (continued / "config.json").is_file()):
         return config.resolve(recipe, options, sets, methods=methods.names())
     values = stored(continued, None)

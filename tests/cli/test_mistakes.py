@@ -42,11 +42,13 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--student", "py:gone.py:make"], 2, ["gone.py"]),
         (["--student", "ckpt:nope"], 4, ["there is no 'nope'", "run folder"]),
         (["--set", "method.epoch=3"], 2, ["method.epoch", "method.epochs"]),
+        (["--set", "epochs=3"], 2, ["unknown key 'epochs'", "did you mean 'method.epochs'"]),
         (["--set", "method.epochs=many"], 2, ["method.epochs is 'many'", "integer"]),
         (["--set", "method.epochs=0"], 2, ["method.epochs", "1"]),
         (["--set", "method.lr=nan"], 2, ["method.lr is nan", "finite"]),
         (["--set", "method.pool_select=bset"], 2, ["method.pool_select", "best"]),
-        (["--set", "method.warmup=500"], 2, ["method.warmup"]),
+        (["--set", "method.warmup=500"], 2, ["method.warmup is 500 of", "--set method.epochs=501"]),
+        (["--set", "method.warmup=4", "--set", "method.epochs=2"], 2, ["method.warmup is 4 of 2", "--set method.warmup=1"]),
         (["--set", "sead=1"], 2, ["unknown key 'sead'", "seed"]),
         (["--set", "seed"], 2, ["--set seed", "KEY=VALUE"]),
         (["--set", "seed=-1"], 2, ["seed is -1"]),
@@ -58,7 +60,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--data", "digit"], 2, ["unknown data set 'digit'", "did you mean 'digits'"]),
         (["--set", "data=digit"], 2, ["unknown data set 'digit'", "did you mean 'digits'"]),
         (["--data", "svhn:there"], 2, ["teacher of its own"]),
-        (["--classes", "7"], 4, ["7", "10"]),
+        (["--classes", "7"], 4, ["has 10 classes", "found --classes 7"]),
+        (["--recipe", "cde-digits", "--set", "real=digits"], 2, ["both condensed", "--set condensed=none"]),
         (["--mean", "0.5,0.5", "--std", "0.5,0.5"], 2, ["2", "1"]),
         (["--class-names", "gone.txt"], 4, ["gone.txt"]),
         (["--resume"], 2, ["--out"]),
@@ -77,7 +80,10 @@ def test_run(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[s
 @pytest.mark.fault("T15")
 @pytest.mark.parametrize(
     "words",
-    [["--precision", "fp8"], ["--seed", "many"], ["--mean", "a,b"], ["--mean", "nan"], ["--resume=maybe"], ["--nonsense"], ["extra"]],
+    [
+        *(["--precision", "fp8"], ["--seed", "many"], ["--mean", "a,b"], ["--mean", "nan"], ["--time-limit", "0s"]),
+        *(["--resume=maybe"], ["--nonsense"], ["extra"]),
+    ],
     ids=" ".join,
 )
 def test_usage_is_clicks_own(cli, words: list[str]) -> None:

@@ -55,6 +55,8 @@ def test_converts_once_and_then_needs_no_option(cli, tmp_path: Path) -> None:
     ("words", "code", "said"),
     [
         (["resnt20"], 2, "resnet20"),
+        (["--save", "a.safetensors"], 2, "--save is of one network"),
+        (["--input-size", "32"], 2, "--input-size is of one network"),
         (["resnet20", "--save", "a.safetensors"], 2, "--model-weights"),
         (["resnet20", "--model-weights", "gone.pt", "--save", "a.pt"], 2, ".safetensors"),
         (["resnet20", "--model-weights", "gone.pt"], 4, "gone.pt"),

@@ -44,8 +44,8 @@ def test_what_a_rank_is_told_and_what_is_said_of_a_stop(cli, tmp_path, monkeypat
     assert done.exit_code == 75
     assert f"continue with: fastkd run --resume --out {tmp_path / 'a'} --gpus 2" in done.stderr
     assert {"--resume=auto", "--seed", "3", "--device", "cpu"} <= set(told[0]) and told[0][-2:] == ["--time-limit", "1036800.000000s"]
-    cli(*words, "--resume=auto", "--time-limit", "0s")
-    assert told[1][-2:] == ["--time-limit", "0.000000s"]
+    cli(*words, "--resume=auto", "--time-limit", "0.5s")
+    assert told[1][-2:] == ["--time-limit", "0.500000s"]
     (tmp_path / "a" / "checkpoints" / "step-00000001").mkdir(parents=True)
     (tmp_path / "a" / "config.json").write_text("{}")
     cli(*words, "--resume")
