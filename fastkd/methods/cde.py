@@ -60,7 +60,6 @@ FEW = 10
 class Expansion(Method):
     """What CDE adds to a host: the discriminator, the feature-alignment term, and condensed images in the student's batches."""
 
-    per_pixel: ClassVar[bool] = False  # whatever the host can: a condensed image has one class
     host: Literal["fast", "cmi", "pre"] = "fast"
     """the inversion that is steered; the other fields are that method's"""
     lambda_fa: Weight = 1.0
