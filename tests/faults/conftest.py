@@ -116,6 +116,6 @@ def undisturbed(ranks: Ranks) -> str:
 @pytest.fixture(scope="session")
 def stopped(ranks: Ranks) -> str:
     """The name of a run of two ranks that a time limit stopped at its first step."""
-    done = ranks.run("stopped", "--time-limit", "0s")
+    done = ranks.run("stopped", "--time-limit", "0.01s")
     assert done.returncode == 75, done.stderr
     return "stopped"

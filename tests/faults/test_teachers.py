@@ -140,7 +140,7 @@ def test_another_teacher_under_the_same_name_is_refused(cli, tmp_path):
     weights = tmp_path / "teacher.safetensors"
     save_file(state(0), weights)
     words = [*NOISE, "--teacher", "resnet8", "--teacher-weights", weights, "--out", tmp_path / "run"]
-    assert cli(*words, "--time-limit", "0s", "--set", "poll=1").exit_code == 75
+    assert cli(*words, "--time-limit", "0.01s", "--set", "poll=1").exit_code == 75
     save_file(state(1), weights)
     done = cli("run", "--resume", "--out", tmp_path / "run")
     assert done.exit_code == 2 and "another teacher: it was " in one_sentence(done.stderr), done.stderr

@@ -50,7 +50,7 @@ def test_two_launchers_equal_one_process_and_a_stop_is_not_started_again(tmp_pat
     one = subprocess.run(alone, env=environment(), capture_output=True, text=True, timeout=240, check=False)
     assert one.returncode == 0, one.stderr
     two = tmp_path / "two"
-    two_launchers(*words, "--resume=auto", "--out", two, "--time-limit", "0s")
+    two_launchers(*words, "--resume=auto", "--out", two, "--time-limit", "0.01s")
     status = json.loads((two / "status.json").read_text())
     assert (status["state"], status["code"]) == ("preempted", 75)
     assert [e["kind"] for e in events.read(two / "events.jsonl")].count("stopped") == 1  # a restart would have stopped again
