@@ -1,7 +1,7 @@
 """The fault table: what is done to a run, what must follow, and how often it did.
 
 A test stands for a fault by `@pytest.mark.fault("T9")`, wherever it lies; each of its cases is a try, and one that makes several
-says so with the fixture `tries`. `--fault-table docs/reliability.md` writes what a session saw into a record beside that page, in which
+says so with the fixture `tries`. `--fault-table=docs/reliability.md` writes what a session saw into a record beside that page, in which
 tests that the session did not run keep what they had, and the sums of the record into the page.
 """
 

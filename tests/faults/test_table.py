@@ -30,7 +30,7 @@ def test_every_fault_has_a_row_and_every_row_a_test_or_a_reason():
 def test_the_page_is_what_the_record_says():
     record = json.loads(PAGE.with_suffix(".json").read_text(encoding="utf-8"))
     page = PAGE.read_text(encoding="utf-8")
-    assert page == table.replaced(page, record), "write it anew: make faults ARGS='--fault-table docs/reliability.md'"
+    assert page == table.replaced(page, record), "write it anew: make faults ARGS='--fault-table=docs/reliability.md'"
     assert all(tries == survived > 0 for tries, survived in table.sums(record).values()), "the record has losses"
 
 
