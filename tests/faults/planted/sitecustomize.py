@@ -104,7 +104,7 @@ def in_step(here):
 def in_evaluation(here):
     from fastkd.engine import loop
 
-    before(loop, "_evaluate", here)
+    before(loop, "evaluate", here)
 
 
 def before_write(here):
