@@ -87,7 +87,26 @@ class OpsConfig(Section):
     backend: str = Field("auto", description="auto, reference, cpp, triton or cuda")
 
 
-class RunConfig(Section):
+class WalkConfig(Section):
+    """What everything that walks steps has: runs and tasks."""
+
+    seed: int = Field(0, ge=0, lt=2**63, description="root seed of all draws")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    precision: Literal["fp32", "bf16"] | None = Field(None, description="none: bf16 on a GPU, fp32 on a CPU")
+    poll: Positive = Field(10, description="steps between looks at signals and guards")
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+class TaskConfig(WalkConfig):
+    """What every task on real data has."""
+
+    data: str = Field("digits", description="training and test images: NAME, NAME:DIR or DIR")
+    input_size: Positive | None = Field(None, description="pixels; none: the data's own")
+    mean: tuple[float, ...] | None = Field(None, description="normalisation mean; none: the field's constants of the data")
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(None, description="normalisation standard deviation")
+
+
+class RunConfig(WalkConfig):
     """Everything that decides a run."""
 
     method: dict[str, Any] = Field(default_factory=lambda: {"name": "muse"}, description="name, and the method's own fields")
@@ -100,22 +119,16 @@ class RunConfig(Section):
     )
     condensed: str | None = Field(None, description="condensed set for cde: safetensors file, folder of fastkd condense, or embedded:NAME")
     embeddings: EmbeddingConfig = EmbeddingConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
     ranks: RanksConfig = RanksConfig()
     memory: MemoryConfig = MemoryConfig()
     ops: OpsConfig = OpsConfig()
-    seed: int = Field(0, ge=0, lt=2**63, description="root seed of all draws")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    precision: Literal["fp32", "bf16"] | None = Field(None, description="none: bf16 on a GPU, fp32 on a CPU")
-    poll: Positive = Field(10, description="steps between looks at signals and guards")
     channels_last: bool = Field(True, description="memory format of networks and images")
 
 
-class TeachConfig(Section):
+class TeachConfig(TaskConfig):
     """Training a teacher on real data: the recipe that the literature's numbers need (SGD, cosine, weight decay 5e-4)."""
 
     model: str = Field("resnet20", description="network: NAME, timm:NAME, torchvision:NAME or py:FILE:FUNCTION")
-    data: str = Field("digits", description="training and test images: NAME, NAME:DIR or DIR")
     epochs: Positive = Field(200, description="passes over the training images")
     batch: Positive = Field(256, description="images a step, over all ranks")
     lr: Annotated[float, Field(gt=0)] = Field(0.1, description="peak learning rate")
@@ -127,19 +140,11 @@ class TeachConfig(Section):
         "crop_flip", description="augmentation; sets without flips (digits, SVHN) get none; with labels of pixels none, crop or crop_flip"
     )
     input_size: Positive | None = Field(None, description="pixels, with labels of pixels those of a crop; none: the data's own")
-    mean: tuple[float, ...] | None = Field(None, description="normalisation mean; none: the field's constants of the data")
-    std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(None, description="normalisation standard deviation")
-    seed: int = Field(0, ge=0, lt=2**63, description="root seed of all draws")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    precision: Literal["fp32", "bf16"] | None = Field(None, description="none: bf16 on a GPU, fp32 on a CPU")
-    poll: Positive = Field(10, description="steps between looks at signals")
-    checkpoint: CheckpointConfig = CheckpointConfig()
 
 
-class CondenseConfig(Section):
+class CondenseConfig(TaskConfig):
     """A condensed set of real data. What is none follows the paper of the method."""
 
-    data: str = Field("digits", description="training and test images: NAME, NAME:DIR or DIR")
     method: Literal["dm", "dc", "dsa"] = Field("dm", description="mean features (DM), gradients (DC), or gradients with augmentation (DSA)")
     ipc: Positive = Field(10, description="images a class")
     epochs: Positive = Field(20, description="parts of the run; after each the set is tested and a line is written")
@@ -159,14 +164,6 @@ class CondenseConfig(Section):
     lr_net: Annotated[float, Field(gt=0)] = Field(0.01, description="learning rate of networks that are trained on the set")
     chunk: Positive = Field(4096, description="real images of one pass of dm")
     eval_steps: Positive = Field(1000, description="steps of the network that tests the set")
-    input_size: Positive | None = Field(None, description="pixels; none: the data's own")
-    mean: tuple[float, ...] | None = Field(None, description="normalisation mean; none: the field's constants of the data")
-    std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(None, description="normalisation standard deviation")
-    seed: int = Field(0, ge=0, lt=2**63, description="root seed of all draws")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    precision: Literal["fp32", "bf16"] | None = Field(None, description="none: bf16 on a GPU, fp32 on a CPU")
-    poll: Positive = Field(10, description="steps between looks at signals")
-    checkpoint: CheckpointConfig = CheckpointConfig()
 
 
 SAFE_ON_RESUME = frozenset(
