@@ -111,7 +111,8 @@ def test_only_whole_folders_count_not_what_points_at_them(cli, copied, harm):
     name = newest(copied).name
     harm(copied / "checkpoints")
     done = cli("run", "--resume", "--out", copied)
-    assert done.exit_code == 0 and (f"continued from {name}" in done.stderr or "already done" in done.stderr), done.stderr
+    assert done.exit_code == 0 and "the run was already done" in done.stderr, done.stderr
+    assert [e["checkpoint"] for e in events.read(copied / "events.jsonl") if e["kind"] == "resumed"] == [name]
     assert not list((copied / "checkpoints").glob(".tmp*"))
     assert (copied / "checkpoints" / "LATEST").read_text() == f"{newest(copied).name}\n"
 
