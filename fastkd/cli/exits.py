@@ -31,9 +31,11 @@ def attempted(run: Callable[[], Any]) -> int:
     """`guarded`, for a part of a command."""
     try:
         code = run()
-    except click.ClickException as e:
+    except click.exceptions.NoArgsIsHelpError as e:
         e.show()
         return e.exit_code
+    except click.ClickException as e:
+        return _say(_of_click(e), e, e.exit_code)
     except (click.Abort, KeyboardInterrupt) as e:
         return _say("interrupted.", e, INTERRUPTED)
     except MethodError as e:
@@ -55,6 +57,13 @@ def attempted(run: Callable[[], Any]) -> int:
             return _say(f"out of memory ({_first(e)[:160] or type(e).__name__}); lower method.batch or method.kd_batch.", e, OUT_OF_MEMORY)
         return _unexpected(e)
     return code if isinstance(code, int) else 0
+
+
+def _of_click(e: click.ClickException) -> str:
+    """What click says of a command line, as one sentence, and where its options are listed."""
+    said = " ".join(e.format_message().split()).rstrip(".").replace(". (", " (")
+    context = e.ctx if isinstance(e, click.UsageError) else None
+    return f"{said[:1].lower()}{said[1:]}{f'; see `{context.command_path} --help`' if context else ''}."
 
 
 def _unexpected(e: BaseException) -> int:
