@@ -98,4 +98,7 @@ def one_of_them(config: RunConfig, out: Path, work: Callable[[], int]) -> int:
             code = 0 if ours and events.final(out) else code
             if own:
                 launch.leave(code)
-    return 0 if code == STOPPED and launch.elastic() else code  # torchrun would start a stopped run again
+    code = 0 if code == STOPPED and launch.elastic() else code  # torchrun would start a stopped run again
+    if own:  # gloo's threads may outlive their group, and then end the interpreter's own way out with SIGABRT
+        launch.leave(code)
+    return code

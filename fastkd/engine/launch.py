@@ -99,8 +99,9 @@ def joined(on_gpu: bool) -> Iterator[bool]:
 
 def leave(code: int) -> NoReturn:
     """End a rank at once, its process group with it: others may wait in a collective, and the launcher only sees a process that is gone."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # its reader has gone
+            stream.flush()
     os._exit(code)
 
 

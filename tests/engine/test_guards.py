@@ -14,7 +14,8 @@ from fastkd.engine import checkpoint, events, heartbeat, launch, loop, state
 from fastkd.engine.guards import Guards, Position
 from fastkd.engine.guards.collapse import Collapse
 from fastkd.errors import NoMemoryError, NumericalError
-from fastkd.method import Method, _cut, steps
+from fastkd.method import Method, steps
+from fastkd.method.updates import _cut
 from tests import small
 
 
