@@ -88,7 +88,7 @@ class Guards:
         self.snapshot.take(numbers=at.fn.eager)  # type: ignore[attr-defined]
         while True:
             try:
-                with self.cast():
+                with self.cast(), self.collapse.counting(at.fn.phase):  # type: ignore[attr-defined]
                     at.take(self.method)
                 break
             except Exception as e:
@@ -120,9 +120,12 @@ class Guards:
         Raises:
           GoBack, NumericalError: three steps of one name in a row were not finite, for the first time and again.
         """
-        flags = torch.stack([torch.tensor(float(stop), device=self.method.device), *self.finite.worst()])
-        stopping, *worst = ranks.max(flags).tolist()
-        names = [name for name, n in zip(self.finite.names(), worst, strict=True) if n >= IN_A_ROW]
+        rows = torch.stack([torch.tensor(IN_A_ROW * stop, device=self.method.device), *self.finite.worst()])
+        flags = (rows >= IN_A_ROW).to(torch.float32)
+        found = ranks.total(torch.cat([flags, self.collapse.counted()])).tolist()
+        (stopping, *worst), counted = found[: len(flags)], found[len(flags) :]
+        names = [name for name, n in zip(self.finite.names(), worst, strict=True) if n]
+        self.collapse.judge_counted(counted)
         if names:
             self._not_finite(names[0])
         return bool(stopping)

@@ -1,15 +1,28 @@
-"""Whether the synthetic images still teach: measured on the newest of them at the end of each epoch, said once where they do not."""
+"""Whether the synthetic images still teach. Said once where they do not.
+
+What the student learns from is counted on the device, from the logits that the teacher gives anyway, and judged every few steps; the
+newest images are looked at again, with the student's answers, at the end of each epoch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from fastkd.engine.events import Events
 from fastkd.method import Method
 
-LOOKS = 2
-"""Looks in a row beyond a threshold before it is said: the first images of a run are poor."""
+WINDOW = 512
+"""Images over which what was counted is judged; over all ranks."""
+WINDOWS, EPOCHS = 5, 2
+"""Windows, or epochs, in a row beyond a threshold before it is said: the first images of a run are poor."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +48,58 @@ THRESHOLDS = {
 
 
 class Collapse:
-    """Compares the health of each epoch with the thresholds and warns once a run for each."""
+    """Compares what student steps see, and the health of each epoch, with the thresholds; warns once a run for each."""
 
     def __init__(self, method: Method, events: Events):
         self.method, self.events = method, events
-        self._low = dict.fromkeys(THRESHOLDS, 0)
+        self._low = {kind: dict.fromkeys(THRESHOLDS, 0) for kind in ("windows", "epochs")}
+        self._said: set[str] = set()
+        self._sums = torch.zeros(method.classes + 4, device=method.device)
+        """Answers of each class; images, teacher's calls, sums of confidence over answers and of distance over calls."""
+
+    @contextlib.contextmanager
+    def counting(self, phase: str) -> Iterator[None]:
+        """Count what the teacher sees in a student step; nothing is read by the host, nothing is computed by a network for it."""
+        if phase != "distillation" or self.method.teacher is None:
+            yield
+            return
+        handle = self.method.teacher.register_forward_hook(self._count)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def _count(self, module: torch.nn.Module, given: tuple[Any, ...], answer: Any) -> None:
+        x, logits = given[0].detach().float(), answer.logits.detach().float()
+        named, c = logits.argmax(1).flatten(), self.method.classes
+        # An index_add of ones is exact in any order, and unlike bincount its size is not read from the device.
+        self._sums[:c].index_add_(0, named, torch.ones_like(named, dtype=self._sums.dtype))
+        share = len(named) * F.softmax(logits, 1).amax(1).mean()
+        apart = (2 * x.var(0, unbiased=len(x) > 1).mean()).sqrt()
+        self._sums[c] += len(x)
+        self._sums[c + 1] += 1
+        self._sums[c + 2 :].add_(torch.stack([share, apart]))
+
+    def counted(self) -> Tensor:
+        """[C + 4] this rank's counts since the last window that was judged; on the device."""
+        return self._sums
+
+    def judge_counted(self, total: list[float]) -> None:
+        """Judge `counted` summed over the ranks, where it holds enough images: equal on all ranks, as what follows from it is."""
+        c = self.method.classes
+        counts, (images, calls, confidence, distance) = total[:c], total[c:]
+        if images < WINDOW:
+            return
+        self._sums.zero_()
+        answers = sum(counts)
+        entropy = sum(k / answers * math.log(answers / k) for k in counts if k)
+        health = {
+            "balance": entropy / math.log(max(2.0, min(c, answers))),
+            "confidence": confidence / answers,
+            "distance": distance / calls,
+        }
+        self._judge("windows", WINDOWS, health)
 
     def judge(self, health: dict[str, float], *, trained: bool) -> None:
         """Look at an epoch.
@@ -47,12 +107,14 @@ class Collapse:
         Args:
           health: values of `evaluation.health`, read. trained: whether the student was trained in this epoch.
         """
-        for name, threshold in THRESHOLDS.items():
-            least = threshold.least(self.method.classes)
-            if name not in health or (name == "agreement" and not trained):
-                continue
-            low = not health[name] >= least
-            self._low[name] = self._low[name] + 1 if low or self._low[name] >= LOOKS else 0
-            if low and self._low[name] == LOOKS:
-                said = threshold.text.format(value=health[name])
+        self._judge("epochs", EPOCHS, {n: v for n, v in health.items() if n != "agreement" or trained})
+
+    def _judge(self, kind: str, looks: int, health: dict[str, float]) -> None:
+        for name, value in health.items():
+            least = THRESHOLDS[name].least(self.method.classes)
+            low = self._low[kind]
+            low[name] = low[name] + 1 if not value >= least else 0
+            if low[name] >= looks and name not in self._said:
+                self._said.add(name)
+                said = THRESHOLDS[name].text.format(value=value)
                 self.events.write("warning", guard="collapse", text=f"collapse: {said} (warned below {least:.3g})")
