@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fastkd import methods, models
 from fastkd.data import ImageSet
-from fastkd.engine import loop
+from fastkd.engine import allocator, loop
 from fastkd.log import Log
 from fastkd.method import Augment, Given, Method, steps
 from fastkd.nn import Student, Teacher, instrument
@@ -59,7 +59,10 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     wanted = options.only or methods.names()
     same = {"batch": options.batch, "threads": options.threads}
-    rows = [r for r in _budget.older(options.out / "phases.json", **same).get("rows", []) if r["method"] not in wanted]
+    older = _budget.older(options.out / "phases.json", **same).get("rows", [])
+    if options.freeing:
+        return freeing(older, wanted, options)
+    rows = [r for r in older if r["method"] not in wanted]
     for name in wanted:
         try:
             rows += [{**row, "commit": revision()} for row in measure(name, options.batch, options.epochs)]
@@ -71,6 +74,19 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def freeing(rows: list[dict[str, Any]], wanted: list[str], options: argparse.Namespace) -> int:
+    """Write into the rows that are there what their steps cost without the engine's hold on freed memory. A process of its own: once
+    held, memory stays in one piece."""
+    for name in wanted:
+        own = [r for r in rows if r["method"] == name and "ms" in r]
+        found = {r["phase"]: r["ms"] for r in measure(name, options.batch, options.epochs, keep=False)} if own else {}
+        for row in own:
+            row["freeing_ms"] = found[row["phase"]]
+            print(f"{name}: {row['phase']} {row['ms']:.1f} ms, {row['freeing_ms']:.1f} ms freeing", flush=True)
+        _budget.write(options.out / "phases.json", record(rows, options))
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benches.phases", description="Cost of the methods' steps over that of their networks.")
     made.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for phases.json; a run adds to it")
@@ -78,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch", type=int, default=128, metavar="N", help="images of every step")
     made.add_argument("--epochs", type=int, default=3, metavar="N", help="measured epochs")
     made.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads")
+    made.add_argument("--freeing", action="store_true", help="add to the rows of DIR what steps cost without the engine's hold on memory")
     made.add_argument("--load", default="", metavar="TEXT", help="what else the machine did meanwhile, for the record")
     return made
 
@@ -232,24 +249,45 @@ def given(method: Method, batch: int) -> Given:
     )
 
 
-def measure(name: str, batch: int, epochs: int, fields: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+def measure(name: str, batch: int, epochs: int, fields: dict[str, Any] | None = None, *, keep: bool = True) -> list[dict[str, Any]]:
     """Rows of one method: a phase each. Epoch 0 warms up, epoch 1 is noted, the `epochs` after it are measured.
 
     `ms` is the mean of the steps that call networks; `others` are steps that call none, such as a learning rate's or a new latent's,
-    which stand beside many of those in a real epoch.
+    which stand beside many of those in a real epoch. `keep`: hold on to freed memory, as the engine does.
     """
     method = prepared(name, batch, {"epochs": 2 + epochs, **(fields or {})})
-    tapes: dict[tuple[str, int], Tape] = {}
+    with allocator.kept(method.device) if keep else contextlib.nullcontext():
+        return _rows(name, *_beside_passes(method, epochs))
+
+
+Key = tuple[str, int]
+"""Name of a step and its occurrence in an epoch."""
+
+
+def _beside_passes(
+    method: Method, epochs: int
+) -> tuple[dict[Key, list[tuple[float, float, float]]], dict[Key, Tape], dict[str, str]]:
+    """CPU seconds of each step and, taking turns with it, of its passes with and without statistics; what it called; phases of steps."""
+    tapes: dict[Key, Tape] = {}
     for e in range(2):
         for key, _, fn in walked(method, e):
             with Tape().open() as tapes[key]:
                 fn()
-    taken: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
+    taken: dict[Key, list[tuple[float, float, float]]] = {}
     phases: dict[str, str] = {}
     for e in range(2, 2 + epochs):
         for key, phase, fn in walked(method, e):
             tape, phases[key[0]] = tapes.get(key, Tape()), phase
             taken.setdefault(key, []).append((timed(fn), tape.alone(True), tape.alone(False)))
+    return taken, tapes, phases
+
+
+def _rows(
+    name: str,
+    taken: dict[Key, list[tuple[float, float, float]]],
+    tapes: dict[Key, Tape],
+    phases: dict[str, str],
+) -> list[dict[str, Any]]:
     parts = [(step, *(statistics.median(v) for v in zip(*times))) for (step, _), times in taken.items()]
     with_passes = {name for (name, _), tape in tapes.items() if tape.passes}
     rows = []
@@ -287,11 +325,11 @@ def said(row: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    head = ["method", "phase", "steps with passes", "ms", "passes ms", "ratio", "with statistics"]
+    head = ["method", "phase", "steps with passes", "ms", "passes ms", "ratio", "with statistics", "freeing ms"]
     body = [
         [
             *(r["method"], r["phase"], " ".join(r["steps"]), f"{r['ms']:.1f}", f"{r['passes_ms']:.1f}"),
-            *(f"{r['ratio']:.2f}", f"{r['ratio_with_statistics']:.2f}"),
+            *(f"{r['ratio']:.2f}", f"{r['ratio_with_statistics']:.2f}", f"{r['freeing_ms']:.1f}" if "freeing_ms" in r else ""),
         ]
         for r in rows
         if "ms" in r

@@ -157,12 +157,12 @@ def costs(record: Record) -> Iterator[str]:
         "Passes are counted to first order, while `lra` differentiates through an inner step.\n"
     )
     rows = [r for r in record["rows"] if "ms" in r]
-    head = ["method", "phase", "steps", "ms", "passes ms", "ratio", "with statistics", f"≤ {phases.TARGET:.2f}"]
+    head = ["method", "phase", "steps", "ms", "passes ms", "ratio", "with statistics", f"≤ {phases.TARGET:.2f}", "freeing ms"]
     body = []
     for r in rows:
         held = "yes" if r["ratio"] <= phases.TARGET else "with statistics" if r["ratio_with_statistics"] <= phases.TARGET else "no"
         times = [f"{r['ms']:.0f}", f"{r['passes_ms']:.0f}", f"{r['ratio']:.2f}", f"{r['ratio_with_statistics']:.2f}"]
-        body.append([r["method"], r["phase"], " ".join(r["steps"]), *times, held])
+        body.append([r["method"], r["phase"], " ".join(r["steps"]), *times, held, f"{r['freeing_ms']:.0f}" if "freeing_ms" in r else ""])
     yield table(head, body)
     yield from (f"`{r['method']}`: not run; {r['reason']}.\n" for r in record["rows"] if "reason" in r)
     yield f"{machine(record)} Revision {revisions(rows)}.\n"

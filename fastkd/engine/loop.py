@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastkd import ranks
-from fastkd.engine import checkpoint, evaluation, heartbeat, state
+from fastkd.engine import allocator, checkpoint, evaluation, heartbeat, state
 from fastkd.engine.clock import Clock
 from fastkd.engine.events import Events
 from fastkd.engine.guards import GoBack, Guards, Position
@@ -80,7 +80,7 @@ def run(
     """
     saver, guards = Saver(method, settings, events, out), Guards(method, events, out, autocast(method.device, settings.precision))
     at, done = restored(method, settings, events, out, anew) if resume and out else ((0, 0), 0)
-    with heartbeat.beating(out) as beat:
+    with allocator.kept(method.device), heartbeat.beating(out) as beat:
         while True:
             try:
                 return _walk(method, settings, events, saver, guards, beat, stop, at, done)

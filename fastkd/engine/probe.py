@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastkd.engine import loop, state
+from fastkd.engine import allocator, loop, state
 from fastkd.engine.dry import kinds, pretended
 from fastkd.engine.events import Events
 from fastkd.engine.guards import Guards, Position
@@ -81,7 +81,7 @@ def probe(method: Method, given: Given, settings: loop.Settings, *, world: int =
     """
     said: list[str] = []
     events = Events(None, [lambda event: said.append(event["text"]) if event["kind"] == "warning" else None])
-    with pretended(world):
+    with allocator.kept(given.device), pretended(world):
         loop.prepare(method, given, global_bn=settings.global_bn)
         guards = Guards(method, events, None, loop.autocast(method.device, settings.precision))
         rows = []
