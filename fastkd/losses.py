@@ -217,7 +217,9 @@ def attention(features: Tensor) -> Tensor:
     Returns:
       [B, h·w] ≥ 0, at least fp32; zeros where the map is zero.
     """
-    return F.normalize(_wide(features).square().mean(1).flatten(1), dim=1)
+    # As squared lengths: the gradient of a plain mean over channels has another memory layout than a channels_last map.
+    squares = torch.linalg.vector_norm(_wide(features), dim=1).square() / features.shape[1]
+    return F.normalize(squares.flatten(1), dim=1)
 
 
 def at(teacher: Tensor, student: Tensor) -> Tensor:

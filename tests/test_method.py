@@ -134,3 +134,23 @@ def test_optimisers_equal_torchs_and_reset_in_place(kind):
     assert all((t == 0).all() for t in ours.state[p].values())
     optim.set_lr(ours, 0.25)
     assert ours.param_groups[0]["lr"].item() == 0.25
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_any_value_that_is_not_finite_is_found(dtype, bad):
+    tensors = [torch.randn(7, 5).to(dtype), torch.zeros(0, dtype=dtype), torch.full((3,), torch.finfo(dtype).max, dtype=dtype)]
+    assert Method._finite(tensors) and Method._finite([])
+    tensors[0][3, 2] = bad
+    assert not Method._finite(tensors)
+
+
+def test_what_was_applied_is_zero_where_the_step_was_skipped():
+    method = small.prepared("noise")
+    w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    opt = method.sgd([w], lr=0.1)
+    method.minimise({"square": w.square().sum()}, opt)
+    assert torch.equal(method.applied([w])[0], torch.tensor([2.0, 4.0]))
+    method.step_ends()
+    method.minimise({"root": (w - w.detach()).sqrt().sum()}, opt)
+    assert method.not_finite() == 1 and torch.equal(method.applied([w])[0], torch.zeros(2))

@@ -41,7 +41,7 @@ class Updates:
 
         Gradients are taken with respect to exactly the parameters of `opts`, reduced over ranks in one flat all-reduce together
         with the term values, clipped to global norm `clip` (0: not), and applied. A step that is not finite is skipped on the
-        device and counted. The gradients stay in `p.grad` until the step ends.
+        device and counted. The gradients can be had until the step ends (`applied`).
 
         Args:
           terms: name → [] tensor, already weighted; each one's mean over ranks is the term of the global batch.
@@ -132,7 +132,12 @@ class Updates:
 
     @staticmethod
     def _finite(tensors: list[Tensor]) -> Tensor:
-        return torch.stack([n.isfinite() for n in torch._foreach_norm(tensors, torch.inf)]).all() if tensors else torch.tensor(True)
+        full = [t for t in tensors if t.numel()]
+        if not full:
+            return torch.tensor(True)
+        if full[0].device.type == "cpu":  # there the infinity norm is not vectorised, twenty times slower than the extremes
+            return torch.stack([v.isfinite() for t in full for v in t.aminmax()]).all()
+        return torch.stack(torch._foreach_norm(full, torch.inf)).isfinite().all()
 
     def _reduce(self, values: Tensor, params: list[Tensor], grads: list[Tensor]) -> tuple[Tensor, Tensor]:
         """All-reduce shared gradients and term values in place; returns global values and whether everything is finite everywhere."""
@@ -154,11 +159,14 @@ class Updates:
         for opt in opts:
             opt.found_inf = skip  # type: ignore[attr-defined]
             opt.step()
-        for p in params:
-            p.grad = torch.where(finite, p.grad, torch.zeros_like(p.grad))  # type: ignore[arg-type]
         self._touched.extend(params)
         self._bad.copy_(torch.maximum(self._bad, skip))
         self.log.add(skipped=skip)
+
+    def applied(self, params: list[Tensor]) -> list[Tensor]:
+        """Gradients that the running step's update has applied to `params`, of the global batch; zeros where it was skipped."""
+        skipped = self._bad > 0
+        return [torch.where(skipped, torch.zeros_like(p), p.grad) for p in params]  # type: ignore[arg-type]
 
     def updated(self) -> bool:
         """Whether the running step has updated anything yet."""

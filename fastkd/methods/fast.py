@@ -173,7 +173,7 @@ class Fast(PoolMethod):
     def adapt(self, adversary: bool) -> None:
         x = self.clone(self.z)
         total = self.minimise(self.inversion_terms(self.view(x), self.task, adversary), self.inner)
-        torch._foreach_add_(self.meta_grad, [p.grad for p in self.fast_weights()])  # type: ignore[misc]
+        torch._foreach_add_(self.meta_grad, self.applied(self.fast_weights()))
         self.offer(self.task, total, x)
 
     @step("synthesis")

@@ -16,6 +16,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 from fastkd.errors import ConfigError, unknown
 from fastkd.nn.generator_layers import UpConv
 
+from .layers import ToMap
+
 INITS = ("default", "normal", "uniform")
 Shape = tuple[int, int, int]
 
@@ -153,7 +155,7 @@ class FcUp(Generator):
         size = grid(name, shape, 2**ups)
         self.latent, norm = (nz,), spectral_norm if spectral else None
         self.l0 = nn.Linear(nz, width * size[0] * size[1])
-        self.unflatten = nn.Unflatten(1, (width, *size))
+        self.unflatten = ToMap((width, *size))
         self.bn0 = nn.BatchNorm2d(width)
         self.body = nn.Sequential(*conv_tail(width, shape[0], bias=bias, eps=eps, ups=ups, norm=norm))
         self.head = nn.Sequential(*head(out, shape[0]))
@@ -197,7 +199,7 @@ class Dcgan(Generator):
         size = grid(name, shape, 16)
         self.latent = (nz,)
         self.l0 = nn.Linear(nz, 512 * size[0] * size[1])
-        self.unflatten = nn.Unflatten(1, (512, *size))
+        self.unflatten = ToMap((512, *size))
         self.bn0 = nn.BatchNorm2d(512)
         layers: list[nn.Module] = []
         for inputs, outputs in ((512, 256), (256, 128), (128, 64), (64, 64)):
@@ -222,7 +224,7 @@ class Dfq(Generator):
         size = grid(name, shape, 8)
         self.latent = (nz,)
         self.l0 = nn.Linear(nz, 512 * size[0] * size[1])
-        self.unflatten = nn.Unflatten(1, (512, *size))
+        self.unflatten = ToMap((512, *size))
         self.up0, self.bn0 = UpConv(512, 256), nn.BatchNorm2d(256)
         layers: list[nn.Module] = [nn.ReLU()]
         for inputs, outputs in ((256, 128), (128, 64)):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,6 +35,32 @@ def same_conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: i
     if stride == 1:
         return nn.Conv2d(inputs, outputs, kernel, 1, kernel // 2, groups=groups, bias=False)
     return SameConv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)
+
+
+class ToMap(nn.Unflatten):
+    """Rows to maps, in the memory layout that the network was moved to: `net.to(memory_format=torch.channels_last)` reaches weights
+    only, and a map in another layout is rewritten before each of the convolutions behind it.
+
+    Args:
+      size: (C, h, w) of the maps.
+    """
+
+    fx_leaf = True
+
+    def __init__(self, size: tuple[int, ...]):
+        super().__init__(1, size)
+        self.layout = torch.zeros(1, 2, 2, 2)  # its strides tell; no buffer, for it is no state
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ToMap:
+        """What `net.to` does to a weight, it does to `layout`."""
+        super()._apply(fn, recurse)
+        self.layout = fn(self.layout)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C·h·w] → [N, C, h, w]."""
+        last = self.layout.is_contiguous(memory_format=torch.channels_last)
+        return super().forward(x).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 class PoolIfHeight(nn.Module):

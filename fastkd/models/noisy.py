@@ -12,6 +12,7 @@ from fastkd import ranks
 from fastkd.errors import ConfigError, unknown
 
 from .generators import Generator, Shape, conv_tail, deep_tail, grid, head, leaky, reinitialise
+from .layers import ToMap
 
 
 class NoisyLinear(nn.Module):
@@ -108,7 +109,7 @@ class NoisyGenerator(Generator):
         self.bn = nn.BatchNorm1d(width)
         self.noisy = NoisyLinear(width, hidden, classes, batch)
         self.l0 = nn.Linear(hidden, 128 * size[0] * size[1])
-        self.unflatten = nn.Unflatten(1, (128, *size))
+        self.unflatten = ToMap((128, *size))
         self.conv0 = nn.Conv2d(128, 128, 3, padding=1, bias=False) if deep else nn.Identity()
         self.bn0 = nn.BatchNorm2d(128)
         body = [leaky(), *deep_tail(shape[0])] if deep else conv_tail(128, shape[0])
