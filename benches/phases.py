@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules import module as hooks
 from torch.optim import optimizer as optimisers
 from torch.utils._pytree import tree_leaves, tree_map
@@ -117,14 +118,20 @@ def record(rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str,
 
 @dataclasses.dataclass
 class Pass:
-    """One call of a network: its inputs, whether they and which parameters required a gradient, and whether the network trained."""
+    """One call of a network: its inputs, whether they and which parameters required a gradient, and whether the network trained.
+
+    Attributes:
+      others: parameters that stood in the place of its own (`functional_call`), by name. twice: its gradient was differentiated again.
+    """
 
     net: nn.Module
     args: tuple[Any, ...]
     grad: bool
     wanted: list[bool]
-    params: list[nn.Parameter]
+    params: list[Tensor]
     training: bool
+    others: dict[str, Tensor]
+    twice: bool = False
 
     def run(self, ask: bool) -> None:
         """Forward, and backward from the logits (or images); with `ask`, also what the step asked the teacher for."""
@@ -132,15 +139,26 @@ class Pass:
         args = tree_map(lambda v: v.detach().requires_grad_(next(flags)) if isinstance(v, Tensor) else v, self.args)
         if isinstance(self.net, Teacher) and not ask:
             args = args[:1]
+        params = self.params
         with torch.set_grad_enabled(self.grad):
-            out = self.net(*args)
+            if self.others:
+                others = {n: p.detach().requires_grad_(self.grad) for n, p in self.others.items()}
+                params = list(others.values())
+                out = functional_call(self.net, others, args)
+            else:
+                out = self.net(*args)
         if not self.grad:
             return
         seeds = [out.logits, *([out.bn] if out.bn is not None else [])] if hasattr(out, "logits") else tree_leaves(out)[:1]
         seeds = [y for y in seeds if y.requires_grad]
         inputs = [v for v in tree_leaves(args) if isinstance(v, Tensor) and v.requires_grad]
-        if seeds and (inputs or self.params):
-            torch.autograd.grad(seeds, [*inputs, *self.params], [torch.full_like(y, 1e-3) for y in seeds], allow_unused=True)
+        if seeds and (inputs or params):
+            wanted = [*inputs, *params]
+            given = [torch.full_like(y, 1e-3) for y in seeds]
+            grads = torch.autograd.grad(seeds, wanted, given, allow_unused=True, create_graph=self.twice)
+            again = [g for g in grads if g is not None and g.requires_grad]
+            if again:
+                torch.autograd.grad(again, wanted, [torch.full_like(g, 1e-3) for g in again], allow_unused=True)
 
 
 class Tape:
@@ -158,9 +176,19 @@ class Tape:
             hooks.register_module_forward_hook(self._leave, always_call=True),
             optimisers.register_optimizer_step_pre_hook(lambda opt, *_: self.optimisers.append(opt)),
         ]
+        plain = torch.autograd.grad
+
+        def grad(*args: Any, **kw: Any) -> Any:
+            if kw.get("create_graph"):
+                for own in self.passes:
+                    own.twice = own.grad
+            return plain(*args, **kw)
+
+        torch.autograd.grad = grad
         try:
             yield self
         finally:
+            torch.autograd.grad = plain
             for handle in handles:
                 handle.remove()
 
@@ -170,9 +198,10 @@ class Tape:
             return
         grad = torch.is_grad_enabled()
         wanted = [grad and v.requires_grad for v in tree_leaves(args) if isinstance(v, Tensor)]
-        params = [p for p in net.parameters() if grad and p.requires_grad]
+        params: list[Tensor] = [p for p in net.parameters() if grad and p.requires_grad]
+        others = {n: p.detach() for n, p in net.named_parameters() if not isinstance(p, nn.Parameter)}
         kept = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, args)
-        self.passes.append(Pass(net, kept, grad and (any(wanted) or bool(params)), wanted, params, net.training))
+        self.passes.append(Pass(net, kept, grad and (any(wanted) or bool(params)), wanted, params, net.training, others))
 
     def _leave(self, *_: Any) -> None:
         self._depth -= 1

@@ -154,7 +154,7 @@ def costs(record: Record) -> Iterator[str]:
         f"inputs, forward and backward, and the optimisers' steps), batch {record['batch']}, 3 × 32 × 32, `resnet20` → `wrn10_1`. *ratio*: "
         "the teacher gives logits only; *with statistics*: it also gives the BN statistics that the step asks for. "
         f"Held to {phases.TARGET:.2f}. Steps that call no network (a learning rate, new latents) are not in it; the record lists them. "
-        "Passes are counted to first order, while `lra` differentiates through an inner step.\n"
+        "Where a step differentiates through a gradient (`lra`), so does the pass.\n"
     )
     rows = [r for r in record["rows"] if "ms" in r]
     head = ["method", "phase", "steps", "ms", "passes ms", "ratio", "with statistics", f"≤ {phases.TARGET:.2f}", "freeing ms"]

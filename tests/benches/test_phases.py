@@ -59,3 +59,23 @@ def test_rows_of_methods(tmp_path, capsys):
     assert fast["steps"] == ["adapt"] and {"start", "meta_update"} <= fast["others"].keys()
     assert all(abs(r["ratio"] * r["passes_ms"] / r["ms"] - 1) < 0.01 for r in rows)
     assert "learn" in capsys.readouterr().out
+
+
+def test_a_pass_with_other_weights_that_is_differentiated_twice_is_counted_as_such():
+    net, _, x = pieces()
+    theta = {n: p * 1.0 for n, p in net.named_parameters()}
+    with phases.Tape().open() as tape:
+        loss = torch.func.functional_call(net, theta, (x,)).square().sum()
+        grads = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
+        net(x)
+    torch.stack([g.square().sum() for g in grads]).sum().backward()
+    first, second = tape.passes
+    assert first.others.keys() == theta.keys() and first.twice and not second.others and not second.twice
+    seen = []
+    plain = torch.autograd.grad
+    try:
+        torch.autograd.grad = lambda *args, **kw: seen.append(kw.get("create_graph")) or plain(*args, **kw)
+        first.run(False)
+    finally:
+        torch.autograd.grad = plain
+    assert seen == [True, None]
