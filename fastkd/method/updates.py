@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -163,7 +163,7 @@ class Updates:
         self._bad.copy_(torch.maximum(self._bad, skip))
         self.log.add(skipped=skip)
 
-    def applied(self, params: list[Tensor]) -> list[Tensor]:
+    def applied(self, params: Sequence[Tensor]) -> list[Tensor]:
         """Gradients that the running step's update has applied to `params`, of the global batch; zeros where it was skipped."""
         skipped = self._bad > 0
         return [torch.where(skipped, torch.zeros_like(p), p.grad) for p in params]  # type: ignore[arg-type]

@@ -1,12 +1,16 @@
-"""TensorFlow's padding by brute force, and the doubling convolution."""
+"""TensorFlow's padding by brute force, the doubling convolution, and layouts that stay."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from fastkd.models.layers import SameConv2d, same_conv
+from fastkd.models.layers import SameConv2d, ToMap, same_conv
+from fastkd.models.thin_resnet import ShortcutA
 from fastkd.nn.generator_layers import UpConv
 
 
@@ -50,3 +54,29 @@ def test_upconv_is_nearest_doubling_and_a_convolution(bias, fp64):
     expected = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), up.weight, up.bias, padding=1)
     torch.testing.assert_close(up(x), expected)
     assert sorted(up.state_dict()) == (["bias", "weight"] if bias else ["weight"])
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("shape", [(2, 3, 7, 9), (2, 3, 8, 8), (0, 3, 4, 4)])
+def test_the_parameter_free_shortcut_is_a_slice_and_zeros_and_keeps_the_layout(shape, layout):
+    shortcut = ShortcutA(5)
+    x = torch.randn(shape, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    wanted = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 3))
+    found, grad = shortcut(x), torch.randn_like(wanted)
+    (dx,) = torch.autograd.grad(found, x, grad)
+    assert torch.equal(found, wanted) and torch.equal(dx, torch.autograd.grad(wanted, x, grad)[0])
+    assert dx.is_contiguous(memory_format=layout)
+    if x.numel():
+        assert torch.autograd.gradcheck(shortcut, x) and torch.autograd.gradgradcheck(shortcut, x)
+        each = torch.func.vmap(torch.func.grad(lambda v: shortcut(v[None]).square().sum()))(x.detach())
+        torch.testing.assert_close(each, torch.autograd.grad(shortcut(x).square().sum(), x)[0])
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_rows_become_maps_in_the_layout_that_the_network_was_moved_to(layout):
+    net = nn.Sequential(nn.Linear(4, 24), ToMap((6, 2, 2)), nn.Conv2d(6, 2, 1)).to(memory_format=layout)
+    x = torch.randn(3, 4)
+    y = copy.deepcopy(net).double()[:2](x.double())
+    assert y.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(y, net[0](x).double().view(3, 6, 2, 2))
+    assert set(net.state_dict()) == {"0.weight", "0.bias", "2.weight", "2.bias"} and not list(net[1].buffers())
