@@ -2,8 +2,8 @@
 //
 // NCHW:  a unit is 16 channels of `per` images; each channel keeps 16 lanes across its images, so that 4x4 maps need no
 //        horizontal sum per row.
-// NHWC:  a unit is up to 256 channels of `per` rows of the [n*hw, c] matrix; four rows at a time pass through the
-//        accumulators, which stay in L1.
+// NHWC:  a unit is up to 256 channels of `per` rows of the [n*hw, c] matrix. Narrow rows (16 to 128 channels) are read as they lie
+//        in memory, sums and constants in registers; of wider ones eight at a time pass through accumulators in L1.
 // Lanes are added in order, in double; so are the partial sums of the units. Bytes: see the Python docstrings.
 #include "cpu_kernels.h"
 #include "cpu_vec.h"
@@ -13,7 +13,8 @@ namespace {
 
 constexpr int64_t kPlanes = 16;   // channels of an NCHW unit
 constexpr int64_t kWidth = 256;   // channels of an NHWC unit
-constexpr int64_t kPiece = 16384; // elements of a unit of the backward pass
+constexpr int64_t kChain = 256;   // rows that are added in fp32 before they go into a double
+constexpr int64_t kPiece = 65536; // elements of a unit of the backward pass
 
 template <class T> struct Fwd {
   using A = typename Acc<T>::type;
@@ -108,18 +109,50 @@ template <class T> struct Fwd {
       }
   }
 
+  // As many rows of 16 kBlocks channels as go into one chain: read as they lie in memory, sums and constants in registers.
+  template <int kAct, bool kY, bool kRes, int kBlocks> void chain(int64_t row, int64_t stop, A* s1, A* s2) const {
+    V<A> v1[kBlocks], v2[kBlocks], k[kBlocks], sc[kBlocks], bi[kBlocks], r{}, out{};
+#pragma GCC unroll 8
+    for (int b = 0; b < kBlocks; ++b) {
+      v1[b] = v2[b] = V<A>::all(A(0));
+      k[b] = vload(shift + b * kLanes);
+      if constexpr (kY) sc[b] = vload(scale + b * kLanes), bi[b] = vload(bias + b * kLanes);
+    }
+    for (; row < stop; ++row)
+  #pragma GCC unroll 8
+    for (int b = 0; b < kBlocks; ++b) {
+        const int64_t at = (row * kBlocks + b) * kLanes;
+        if constexpr (kRes) r = vload(residual + at);
+        one<kAct, kY, kRes, V<A>>(vload(x + at), r, k[b], sc[b], bi[b], slope, v1[b], v2[b], out);
+        if constexpr (kY) vstore(y + at, out);
+      }
+#pragma GCC unroll 8
+    for (int b = 0; b < kBlocks; ++b) vstore(s1 + b * kLanes, v1[b]), vstore(s2 + b * kLanes, v2[b]);
+  }
+
   template <int kAct, bool kY, bool kRes> void nhwc(int threads) const {
     const int64_t m = n * hw, blocks = (c + kWidth - 1) / kWidth;
     parallel(groups * blocks, threads, [&](int64_t u) {
       const int64_t g = u / blocks, c0 = u % blocks * kWidth, c1 = least(c, c0 + kWidth);
-      alignas(64) A s1[kWidth] = {}, s2[kWidth] = {};
-      int64_t row = g * per;
-      const int64_t end = least(m, row + per);
-      for (; row + 4 <= end; row += 4) rows<kAct, kY, kRes, 4>(row, c0, c1, s1, s2);
-      for (; row < end; ++row) rows<kAct, kY, kRes, 1>(row, c0, c1, s1, s2);
+      double t1[kWidth] = {}, t2[kWidth] = {};
+      const int64_t end = least(m, (g + 1) * per);
+      for (int64_t row = g * per; row < end;) {
+        alignas(64) A s1[kWidth] = {}, s2[kWidth] = {};
+        const int64_t stop = least(end, row + kChain);
+        if (c == kLanes || c == 2 * kLanes || c == 4 * kLanes || c == 8 * kLanes) {
+          if (c == 8 * kLanes) chain<kAct, kY, kRes, 8>(row, stop, s1, s2);
+          else if (c == kLanes) chain<kAct, kY, kRes, 1>(row, stop, s1, s2);
+          else if (c == 2 * kLanes) chain<kAct, kY, kRes, 2>(row, stop, s1, s2);
+          else chain<kAct, kY, kRes, 4>(row, stop, s1, s2);
+          row = stop;
+        }
+        for (; row + 8 <= stop; row += 8) rows<kAct, kY, kRes, 8>(row, c0, c1, s1, s2);
+        for (; row < stop; ++row) rows<kAct, kY, kRes, 1>(row, c0, c1, s1, s2);
+        for (int64_t ch = 0; ch < c1 - c0; ++ch) t1[ch] += s1[ch], t2[ch] += s2[ch];
+      }
       for (int64_t ch = c0; ch < c1; ++ch) {
-        partial[2 * g * c + ch] = s1[ch - c0];
-        partial[(2 * g + 1) * c + ch] = s2[ch - c0];
+        partial[2 * g * c + ch] = t1[ch - c0];
+        partial[(2 * g + 1) * c + ch] = t2[ch - c0];
       }
     });
   }
@@ -127,7 +160,8 @@ template <class T> struct Fwd {
   template <int kAct, bool kY, bool kRes> void run(int layout, int threads) const {
     if (layout == kNCHW) nchw<kAct, kY, kRes>(threads);
     else nhwc<kAct, kY, kRes>(threads);
-    parallel((2 * c + 127) / 128, threads, [&](int64_t u) {
+    const int helpers = 2 * c * groups < 16384 ? 1 : threads;  // a second round of threads costs more than so few sums
+    parallel((2 * c + 127) / 128, helpers, [&](int64_t u) {
       for (int64_t i = u * 128; i < least(2 * c, (u + 1) * 128); ++i) {
         double t = 0;
         for (int64_t g = 0; g < groups; ++g) t += partial[2 * g * c + i];
@@ -189,31 +223,60 @@ template <class T> struct Bwd {
     });
   }
 
+  // Rows of 16 kBlocks channels, constants in registers.
+  template <int kAct, bool kG, bool kRes, int kBlocks> void narrow(int64_t row, int64_t stop) const {
+    V<A> k[kBlocks], sc[kBlocks], bi[kBlocks], g1[kBlocks], g2[kBlocks], r{}, g{};
+#pragma GCC unroll 8
+    for (int b = 0; b < kBlocks; ++b) {
+      k[b] = vload(shift + b * kLanes);
+      if constexpr (kG) sc[b] = vload(scale + b * kLanes), bi[b] = vload(bias + b * kLanes);
+      if (gsums) g1[b] = vload(gsums + b * kLanes), g2[b] = vload(gsums + c + b * kLanes);
+    }
+    for (; row < stop; ++row)
+#pragma GCC unroll 8
+      for (int b = 0; b < kBlocks; ++b) {
+        const int64_t at = (row * kBlocks + b) * kLanes;
+        if constexpr (kRes) r = vload(residual + at);
+        if constexpr (kG) g = vload(gy + at);
+        vstore(dx + at, one<kAct, kG, kRes, V<A>>(vload(x + at), r, g, k[b], sc[b], bi[b], g1[b], g2[b], gsums, slope));
+        if constexpr (kG && kRes) if (dresidual) vstore(dresidual + at, g);
+      }
+  }
+
+  // A row of any number of channels. (Several at a time would load constants once, but rows read side by side are slower.)
+  template <int kAct, bool kG, bool kRes> void wide(int64_t row) const {
+    V<A> r{}, g{}, sc{}, bi{}, g1{}, g2{};
+    int64_t ch = 0;
+    for (; ch + kLanes <= c; ch += kLanes) {
+      const V<A> k = vload(shift + ch);
+      if constexpr (kG) sc = vload(scale + ch), bi = vload(bias + ch);
+      if (gsums) g1 = vload(gsums + ch), g2 = vload(gsums + c + ch);
+      const int64_t at = row * c + ch;
+      if constexpr (kRes) r = vload(residual + at);
+      if constexpr (kG) g = vload(gy + at);
+      vstore(dx + at, one<kAct, kG, kRes, V<A>>(vload(x + at), r, g, k, sc, bi, g1, g2, gsums, slope));
+      if constexpr (kG && kRes) if (dresidual) vstore(dresidual + at, g);
+    }
+    for (; ch < c; ++ch) {
+      const int64_t at = row * c + ch;
+      A rest{}, gs{};
+      if constexpr (kRes) rest = load(residual[at]);
+      if constexpr (kG) gs = load(gy[at]);
+      store(dx[at], one<kAct, kG, kRes, A>(load(x[at]), rest, gs, shift[ch], kG ? scale[ch] : A(0), kG ? bias[ch] : A(0),
+                                           gsums ? gsums[ch] : A(0), gsums ? gsums[c + ch] : A(0), gsums, slope));
+      if constexpr (kG && kRes) if (dresidual) store(dresidual[at], gs);
+    }
+  }
+
   template <int kAct, bool kG, bool kRes> void nhwc(int threads) const {
     const int64_t m = n * hw, step = c < kPiece ? kPiece / c : 1;
     parallel((m + step - 1) / step, threads, [&](int64_t u) {
-      for (int64_t row = u * step; row < least(m, (u + 1) * step); ++row) {
-        const int64_t base = row * c;
-        V<A> r{}, g{}, sc{}, bi{}, g1{}, g2{};
-        int64_t ch = 0;
-        for (; ch + kLanes <= c; ch += kLanes) {
-          if constexpr (kRes) r = vload(residual + base + ch);
-          if constexpr (kG) g = vload(gy + base + ch), sc = vload(scale + ch), bi = vload(bias + ch);
-          if (gsums) g1 = vload(gsums + ch), g2 = vload(gsums + c + ch);
-          vstore(dx + base + ch,
-                 one<kAct, kG, kRes, V<A>>(vload(x + base + ch), r, g, vload(shift + ch), sc, bi, g1, g2, gsums, slope));
-          if constexpr (kG && kRes) if (dresidual) vstore(dresidual + base + ch, g);
-        }
-        for (; ch < c; ++ch) {
-          A rest{}, gs{};
-          if constexpr (kRes) rest = load(residual[base + ch]);
-          if constexpr (kG) gs = load(gy[base + ch]);
-          store(dx[base + ch], one<kAct, kG, kRes, A>(load(x[base + ch]), rest, gs, shift[ch], kG ? scale[ch] : A(0),
-                                                      kG ? bias[ch] : A(0), gsums ? gsums[ch] : A(0),
-                                                      gsums ? gsums[c + ch] : A(0), gsums, slope));
-          if constexpr (kG && kRes) if (dresidual) store(dresidual[base + ch], gs);
-        }
-      }
+      const int64_t stop = least(m, (u + 1) * step);
+      if (c == kLanes) return narrow<kAct, kG, kRes, 1>(u * step, stop);
+      if (c == 2 * kLanes) return narrow<kAct, kG, kRes, 2>(u * step, stop);
+      if (c == 4 * kLanes) return narrow<kAct, kG, kRes, 4>(u * step, stop);
+      if (c == 8 * kLanes) return narrow<kAct, kG, kRes, 8>(u * step, stop);
+      for (int64_t row = u * step; row < stop; ++row) wide<kAct, kG, kRes>(row);
     });
   }
 

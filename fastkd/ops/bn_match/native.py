@@ -23,7 +23,10 @@ def pieces(n: int, c: int, hw: int, layout: int, cuda: bool) -> tuple[int, int]:
         per = min(max(4096 // hw, 1), n)
         return -(-n // per), per
     rows = n * hw
-    per = max(256, -(-rows // max(512 // -(-c // 64), 1))) if cuda else 256  # a GPU block takes 64 channels; some 512 blocks
+    if cuda:
+        per = max(256, -(-rows // max(512 // -(-c // 64), 1)))  # a block takes 64 channels; some 512 blocks
+    else:
+        per = max(256, min(65536 // c, rows // 64))  # of a quarter megabyte, where that leaves enough of them
     return -(-rows // per), per
 
 
