@@ -3,7 +3,7 @@
 //
 // NCHW:  a unit of the sums is 16 channels of `per` images, with 16 lanes a channel; elsewhere it is some planes.
 // NHWC:  a unit of the sums is up to 256 channels of `per` rows of the [n*hw, c] matrix; elsewhere it is some rows. One row after
-//        the other: the constants come from L1 each time, and memory is read straight on.
+//        the other, so that memory is read straight on: constants and sums in registers up to 128 channels, from L1 beyond.
 // Lanes are added in order, in double; so are the partial sums of the units.
 #include <cmath>
 #include <vector>
@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kPlanes = 16;   // channels of an NCHW unit of the sums
 constexpr int64_t kWidth = 256;   // channels of an NHWC unit of the sums
+constexpr int64_t kChain = 256;   // rows that are added in fp32 before they go into a double
 constexpr int64_t kPiece = 16384; // elements of any other unit
 
 // The constants of one channel (X = A) or of 16 (X = V<A>): y = act(scale d + bias), dx = scale g - b - c d, with d = x - mean.
@@ -61,6 +62,16 @@ inline void pass(const Table<A>& table, int64_t row, int64_t c0, int64_t c1, con
   for (; ch < c1; ++ch, ++at) f1(at, ch, table.one(ch));
 }
 
+// Rows row … stop - 1 of 16 kBlocks channels as they lie in memory, constants in registers.
+template <int kBlocks, class A, class F16> inline void narrow(const Table<A>& table, int64_t row, int64_t stop, const F16& f16) {
+  Channel<V<A>> k[kBlocks];
+#pragma GCC unroll 8
+  for (int b = 0; b < kBlocks; ++b) k[b] = table.each(b * kLanes);
+  for (; row < stop; ++row)
+#pragma GCC unroll 8
+    for (int b = 0; b < kBlocks; ++b) f16((row * kBlocks + b) * kLanes, b * kLanes, k[b]);
+}
+
 // Every element once.
 template <class A, class F16, class F1> void walk(const Sizes& s, const Table<A>& table, int threads, const F16& f16, const F1& f1) {
   if (s.layout == kNCHW) {
@@ -79,7 +90,11 @@ template <class A, class F16, class F1> void walk(const Sizes& s, const Table<A>
   }
   const int64_t rows = s.n * s.hw, step = s.c < kPiece ? kPiece / s.c : 1;
   parallel((rows + step - 1) / step, threads, [&](int64_t u) {
-    for (int64_t row = u * step; row < least(rows, (u + 1) * step); ++row) pass(table, row, 0, s.c, f16, f1);
+    const int64_t begin = u * step, stop = least(rows, begin + step);
+    if (s.c == 2 * kLanes) return narrow<2>(table, begin, stop, f16);
+    if (s.c == 4 * kLanes) return narrow<4>(table, begin, stop, f16);
+    if (s.c == 8 * kLanes) return narrow<8>(table, begin, stop, f16);
+    for (int64_t row = begin; row < stop; ++row) pass(table, row, 0, s.c, f16, f1);
   });
 }
 
@@ -170,29 +185,57 @@ template <class T> struct Bwd {
     });
   }
 
+  // Sums of the rows of a chain, of channels c0 … c1 - 1.
+  template <int kAct> void rows(int64_t row, int64_t stop, int64_t c0, int64_t c1, A* t1, A* t2) const {
+    const auto f16 = [&](int64_t at, int64_t ch, const Channel<V<A>>& k) {
+      V<A> v1 = vload(t1 + ch - c0), v2 = vload(t2 + ch - c0);
+      add<kAct, V<A>>(vload(x + at), vload(gy + at), k, v1, v2);
+      vstore(t1 + ch - c0, v1);
+      vstore(t2 + ch - c0, v2);
+    };
+    const auto f1 = [&](int64_t at, int64_t ch, const Channel<A>& k) {
+      add<kAct, A>(load(x[at]), load(gy[at]), k, t1[ch - c0], t2[ch - c0]);
+    };
+    for (; row < stop; ++row) pass(table, row, c0, c1, f16, f1);
+  }
+
+  // The same of rows of 16 kBlocks channels, sums in registers.
+  template <int kAct, int kBlocks> void chain(int64_t row, int64_t stop, A* t1, A* t2) const {
+    V<A> v1[kBlocks], v2[kBlocks];
+#pragma GCC unroll 8
+    for (int b = 0; b < kBlocks; ++b) v1[b] = v2[b] = V<A>::all(A(0));
+    narrow<kBlocks>(table, row, stop, [&](int64_t at, int64_t ch, const Channel<V<A>>& k) __attribute__((always_inline)) {
+      add<kAct, V<A>>(vload(x + at), vload(gy + at), k, v1[ch / kLanes], v2[ch / kLanes]);
+    });
+#pragma GCC unroll 8
+    for (int b = 0; b < kBlocks; ++b) vstore(t1 + b * kLanes, v1[b]), vstore(t2 + b * kLanes, v2[b]);
+  }
+
   template <int kAct> void sums_nhwc(int threads) const {
     const int64_t m = s.n * s.hw, blocks = (s.c + kWidth - 1) / kWidth;
     parallel(s.groups * blocks, threads, [&](int64_t u) {
       const int64_t g = u / blocks, c0 = u % blocks * kWidth, c1 = least(s.c, c0 + kWidth);
-      alignas(64) A t1[kWidth] = {}, t2[kWidth] = {};
-      const auto f16 = [&](int64_t at, int64_t ch, const Channel<V<A>>& k) {
-        V<A> v1 = vload(t1 + ch - c0), v2 = vload(t2 + ch - c0);
-        add<kAct, V<A>>(vload(x + at), vload(gy + at), k, v1, v2);
-        vstore(t1 + ch - c0, v1);
-        vstore(t2 + ch - c0, v2);
-      };
-      const auto f1 = [&](int64_t at, int64_t ch, const Channel<A>& k) {
-        add<kAct, A>(load(x[at]), load(gy[at]), k, t1[ch - c0], t2[ch - c0]);
-      };
-      for (int64_t row = g * s.per; row < least(m, (g + 1) * s.per); ++row) pass(table, row, c0, c1, f16, f1);
-      for (int64_t ch = c0; ch < c1; ++ch) put(g, ch, t1[ch - c0], t2[ch - c0]);
+      double s1[kWidth] = {}, s2[kWidth] = {};
+      const int64_t end = least(m, (g + 1) * s.per);
+      for (int64_t row = g * s.per; row < end;) {
+        alignas(64) A t1[kWidth] = {}, t2[kWidth] = {};
+        const int64_t stop = least(end, row + kChain);
+        if (s.c == 2 * kLanes) chain<kAct, 2>(row, stop, t1, t2);
+        else if (s.c == 4 * kLanes) chain<kAct, 4>(row, stop, t1, t2);
+        else if (s.c == 8 * kLanes) chain<kAct, 8>(row, stop, t1, t2);
+        else rows<kAct>(row, stop, c0, c1, t1, t2);
+        for (int64_t ch = 0; ch < c1 - c0; ++ch) s1[ch] += t1[ch], s2[ch] += t2[ch];
+        row = stop;
+      }
+      for (int64_t ch = c0; ch < c1; ++ch) put(g, ch, s1[ch - c0], s2[ch - c0]);
     });
   }
 
   template <int kAct> void sums(int threads) const {
     if (s.layout == kNCHW) sums_nchw<kAct>(threads);
     else sums_nhwc<kAct>(threads);
-    parallel((s.c + 63) / 64, threads, [&](int64_t u) {
+    const int helpers = 2 * s.c * s.groups < 16384 ? 1 : threads;  // a second round of threads costs more than so few sums
+    parallel((s.c + 63) / 64, helpers, [&](int64_t u) {
       for (int64_t ch = u * 64; ch < least(s.c, (u + 1) * 64); ++ch) {
         double t1 = 0, t2 = 0;
         for (int64_t g = 0; g < s.groups; ++g) t1 += partial[2 * g * s.c + ch], t2 += partial[(2 * g + 1) * s.c + ch];

@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kPlanes = 16;   // channels of an NCHW unit
 constexpr int64_t kWidth = 256;   // channels of an NHWC unit
 constexpr int64_t kChain = 256;   // rows that are added in fp32 before they go into a double
-constexpr int64_t kPiece = 65536; // elements of a unit of the backward pass
+constexpr int64_t kPiece = 16384; // elements of a unit of the backward pass
 
 template <class T> struct Fwd {
   using A = typename Acc<T>::type;
