@@ -23,7 +23,7 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     Saves:  x and w4.
 
     Args:
-      x:      [N, Cin, H, W], any layout (channels_last is kept).
+      x:      [N, Cin, H, W], any layout. channels_last is kept; on a CPU the result has it in any case.
       weight: [Cout, Cin, 3, 3]; folded in at least fp32 and rounded once.
       bias:   [Cout] or None.
     Returns:

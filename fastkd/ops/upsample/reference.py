@@ -34,6 +34,8 @@ def fold_kernel(weight: Tensor) -> Tensor:
 
 def upsample_conv2d_fold(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The same numbers as `upsample_conv2d_ref`: 16 instead of 36 taps per input pixel, no upsampled image."""
+    if x.device.type == "cpu":  # the small map is cheap to rewrite; oneDNN would rewrite the large one, forward and backward
+        x = x.contiguous(memory_format=torch.channels_last)
     return F.conv_transpose2d(x, fold_kernel(weight), bias, stride=2, padding=1)
 
 
