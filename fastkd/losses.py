@@ -217,8 +217,8 @@ def attention(features: Tensor) -> Tensor:
     Returns:
       [B, h·w] ≥ 0, at least fp32; zeros where the map is zero.
     """
-    # As squared lengths: the gradient of a plain mean over channels has another memory layout than a channels_last map.
-    squares = torch.linalg.vector_norm(_wide(features), dim=1).square() / features.shape[1]
+    # A sum, divided afterwards: the gradient of a mean would be written out, in another memory layout than a channels_last map's.
+    squares = _wide(features).square().sum(1) / features.shape[1]
     return F.normalize(squares.flatten(1), dim=1)
 
 

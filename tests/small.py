@@ -6,10 +6,11 @@ import dataclasses
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from fastkd import methods, models
 from fastkd.data import ImageSet
-from fastkd.engine import loop
+from fastkd.engine import launch, loop
 from fastkd.engine.events import Events
 from fastkd.log import Log
 from fastkd.method import Augment, Given, Method
@@ -160,3 +161,9 @@ def given_to(method: Method, seed: int = 0, **kw: Any) -> Given:
 def run(method: Method, out=None, *, resume: bool = False, **settings: Any) -> int:
     """Walk all its epochs, or up to `max_steps`."""
     return loop.run(method, loop.Settings(seed=method.seed, poll=2, every_minutes=1e6, **settings), Events(out), out, resume=resume)
+
+
+def end_of_rank() -> None:
+    """The end of a spawned rank, at once as a run's rank ends: gloo's threads may end the interpreter's own way out with SIGABRT."""
+    dist.destroy_process_group()
+    launch.leave(0)

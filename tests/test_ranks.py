@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 
 from fastkd import ranks
 from fastkd.errors import ConfigError
+from tests import small
 
 
 def worker(rank, world, folder):
@@ -38,7 +39,7 @@ def worker(rank, world, folder):
     s1 = torch.ones((), dtype=torch.float64, requires_grad=True)
     (g1,) = torch.autograd.grad(((whole * s1).mean(0) ** 3).sum(), whole, create_graph=True)
     torch.testing.assert_close(second, torch.autograd.grad(g1.pow(2).sum(), s1)[0])
-    dist.destroy_process_group()
+    small.end_of_rank()
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -56,6 +56,9 @@ def command(
     if dry_run:
         return show_dry_run(config, gpus or 1, out, resume, as_json)
     if rank:
+        if gpus and os.environ.get("RANK") == "0" and os.environ.get("LOCAL_WORLD_SIZE") != str(gpus):
+            here = f"{os.environ['LOCAL_WORLD_SIZE']} ranks" if "LOCAL_WORLD_SIZE" in os.environ else "this rank"
+            say(f"--gpus {gpus} starts nothing: a launcher has started {here} on this machine already")
         left = launch.time_left(time_limit)
         return several.one_of_them(config, out, lambda: distil(config, out, resume_of_rank(resume), as_json, left))
     if gpus and gpus > 1:

@@ -82,8 +82,8 @@ class Wire(TorchDispatchMode):
             self.sent += share * (self.world - 1) / self.world * own
         return func(*args, **(kwargs or {}))
 
-    SHARES = {"allreduce_": 2, "allgather_": 1, "_allgather_base_": 1, "reduce_scatter_": 1, "broadcast_": 1}
-    """Collectives, by how often the bytes of their first argument (the whole result) go around."""
+    SHARES = {"allreduce_": 2, "allgather_": 1, "_allgather_base_": 1, "reduce_scatter_": 1, "broadcast_": 1, "alltoall_base_": 1}
+    """Collectives, by how often the bytes of their first argument (the whole result, of this rank) go around."""
 
     def take(self) -> int:
         sent, self.sent = round(self.sent), 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,16 +26,26 @@ def headline(data: Any) -> str:
     return "miou" if data is not None and data.dense else "top1"
 
 
-def measure(net: nn.Module, data: Any, mean: Tensor, std: Tensor) -> dict[str, float]:
+class Interrupted(Exception):
+    """A rank was asked to stop while a network was measured."""
+
+
+Asked = Callable[[], bool]
+"""Whether any rank was asked to stop; a collective."""
+
+
+def measure(net: nn.Module, data: Any, mean: Tensor, std: Tensor, asked: Asked | None = None) -> dict[str, float]:
     """All scores of `net` on `data` (see `accuracy` and `segmentation`), its headline first; in 0 … 1.
 
+    Args:
+      asked: looked at before each batch, which may be minutes before the last one.
     Raises:
-      InputError: answers for whole images where `data` has labels of pixels, or the other way round.
+      InputError: answers for whole images where `data` has labels of pixels, or the other way round. Interrupted: see `asked`.
     """
     if data.dense:
-        dense = segmentation(net, data, mean, std)
+        dense = segmentation(net, data, mean, std, asked=asked)
         return {"miou": dense.miou, "pixel_accuracy": dense.pixel_accuracy}
-    result = accuracy(net, data, mean, std)
+    result = accuracy(net, data, mean, std, asked=asked)
     return {"top1": result.top1, "top5": result.top5}
 
 
@@ -46,34 +58,38 @@ class Result:
     images: int
 
 
-def batches(images: Tensor, mean: Tensor, std: Tensor, size: int) -> Any:
-    """Normalised batches [b, C, H, W] of uint8 images [N, H, W, C] with the slice they came from; no crop, no flip."""
+def batches(images: Tensor, mean: Tensor, std: Tensor, size: int, asked: Asked | None = None, least: int = 0) -> Any:
+    """Normalised batches [b, C, H, W] of uint8 images [N, H, W, C] with the slice they came from; no crop, no flip.
+
+    Args:
+      asked: see `measure`; looked at while no more than `least` images, which every rank has, are through.
+    """
     for start in range(0, images.shape[0], size):
+        if asked is not None and start < least and asked():
+            raise Interrupted
         x = images[start : start + size].permute(0, 3, 1, 2).to(mean.dtype) / 255
         yield slice(start, start + size), normalise(x, mean, std)
 
 
 @torch.no_grad()
-def accuracy(net: nn.Module, data: Any, mean: Tensor, std: Tensor, batch: int = 500) -> Result:
+def accuracy(net: nn.Module, data: Any, mean: Tensor, std: Tensor, batch: int = 500, asked: Asked | None = None) -> Result:
     """Top-1 and top-5 of `net` in eval mode on all images of `data`, split over the ranks.
 
     Args:
       data: an `ImageSet` on the device of `net`.
       mean, std: [C] constants that the network was trained with.
     """
-    was_training = net.training
-    net.eval()
     images, labels = ranks.local(data.images), ranks.local(data.labels)
     hits = torch.zeros(2, dtype=torch.float64, device=mean.device)
-    for rows, x in batches(images, mean, std, batch):
-        logits = _logits(net, x)
-        if logits.dim() != 2:
-            raise InputError(
-                f"the network answers for each pixel, '{data.name}' has one label an image; expected data with labels of pixels"
-            )
-        top = logits.topk(min(5, logits.shape[1]), 1).indices == labels[rows, None]
-        hits += torch.stack([top[:, 0].sum(), top.sum()])
-    net.train(was_training)
+    with _evaluating(net):
+        for rows, x in batches(images, mean, std, batch, asked, len(data.images) // ranks.world()):
+            logits = _logits(net, x)
+            if logits.dim() != 2:
+                raise InputError(
+                    f"the network answers for each pixel, '{data.name}' has one label an image; expected data with labels of pixels"
+                )
+            top = logits.topk(min(5, logits.shape[1]), 1).indices == labels[rows, None]
+            hits += torch.stack([top[:, 0].sum(), top.sum()])
     top1, top5 = (ranks.total(hits) / len(data.labels)).tolist()
     return Result(top1, top5, len(data.labels))
 
@@ -100,28 +116,38 @@ def iou(confusion: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def segmentation(net: nn.Module, data: Any, mean: Tensor, std: Tensor, batch: int = 16) -> DenseResult:
+def segmentation(net: nn.Module, data: Any, mean: Tensor, std: Tensor, batch: int = 16, asked: Asked | None = None) -> DenseResult:
     """mIoU of `net` in eval mode on all pixels of `data` that have a label, from one confusion table over all images and ranks.
 
     Args:
       data: a dense `ImageSet` on the device of `net`; images of any size.
       mean, std: [C] constants that the network was trained with.
     """
-    was_training, c = net.training, data.classes
-    net.eval()
+    c = data.classes
     images, labels = ranks.local(data.images), ranks.local(data.labels)
     table = torch.zeros(c * c + 1, dtype=torch.float64, device=mean.device)  # the last place takes what is ignored
-    for rows, x in batches(images, mean, std, batch):
-        logits, y = _logits(net, x), labels[rows]
-        if logits.shape[2:] != y.shape[1:]:
-            found = f"a map of {' x '.join(map(str, logits.shape[2:]))}" if logits.dim() > 2 else "one label"
-            raise InputError(f"the network answers with {found}, '{data.name}' has labels of {y.shape[1]} x {y.shape[2]} pixels")
-        pairs = torch.where(y == IGNORE, c * c, y * c + logits.argmax(1))
-        table += torch.bincount(pairs.flatten(), minlength=len(table))
-    net.train(was_training)
+    with _evaluating(net):
+        for rows, x in batches(images, mean, std, batch, asked, len(data.images) // ranks.world()):
+            logits, y = _logits(net, x), labels[rows]
+            if logits.shape[2:] != y.shape[1:]:
+                found = f"a map of {' x '.join(map(str, logits.shape[2:]))}" if logits.dim() > 2 else "one label"
+                raise InputError(f"the network answers with {found}, '{data.name}' has labels of {y.shape[1]} x {y.shape[2]} pixels")
+            pairs = torch.where(y == IGNORE, c * c, y * c + logits.argmax(1))
+            table += torch.bincount(pairs.flatten(), minlength=len(table))
     confusion = ranks.total(table)[:-1].view(c, c)
     each, share = iou(confusion), confusion.diagonal().sum() / confusion.sum()
     return DenseResult(float(each.nanmean()), float(share), tuple(each.tolist()), len(data.labels))
+
+
+@contextlib.contextmanager
+def _evaluating(net: nn.Module) -> Iterator[None]:
+    """In eval mode, and back whatever happens."""
+    was_training = net.training
+    net.eval()
+    try:
+        yield
+    finally:
+        net.train(was_training)
 
 
 def _logits(net: nn.Module, x: Tensor) -> Tensor:

@@ -140,8 +140,11 @@ def _walk(
         if guards.look(bool(stop)):  # before the evaluation, which may take longer than a stop signal allows
             return saver.stop((epoch, walked), done)
         method.rng.at(settings.seed, epoch, "evaluate", 0)
-        with clock("evaluation"):
-            scores, health = evaluate(method, settings)
+        try:
+            with clock("evaluation"):
+                scores, health = evaluate(method, settings, lambda: any_rank(bool(stop)))
+        except evaluation.Interrupted:
+            return saver.stop((epoch, walked), done)
         terms = method.log.read()
         _refuse_non_finite(terms)
         method.log.clear()
@@ -200,10 +203,17 @@ def autocast(device: torch.device, precision: str) -> Callable[[], contextlib.Ab
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
 
 
-def evaluate(method: Method, settings: Settings) -> tuple[dict[str, float], dict[str, float]]:
-    """Scores of the student, and the health of the synthetic images; without evaluation data those are the scores."""
+def evaluate(
+    method: Method, settings: Settings, asked: evaluation.Asked | None = None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Scores of the student, and the health of the synthetic images; without evaluation data those are the scores.
+
+    Raises:
+      Interrupted: `asked`, a collective, said that a rank is to stop.
+    """
     with autocast(method.device, settings.precision)():
-        scores = evaluation.measure(method.student, settings.data, method.mean, method.std) if settings.data is not None else {}
+        data = settings.data
+        scores = evaluation.measure(method.student, data, method.mean, method.std, asked) if data is not None else {}
         found = evaluation.health(method, HEALTH_IMAGES if scores else SCORE_IMAGES)
         read = torch.stack(list(found.values())).tolist() if found else []
     health = dict(zip(found, read, strict=True))

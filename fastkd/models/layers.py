@@ -59,8 +59,10 @@ class ToMap(nn.Unflatten):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C·h·w] → [N, C, h, w]."""
-        last = self.layout.is_contiguous(memory_format=torch.channels_last)
-        return super().forward(x).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        x = super().forward(x)
+        if torch.compiler.is_compiling() or not self.layout.is_contiguous(memory_format=torch.channels_last):
+            return x  # the compiler chooses layouts itself
+        return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # channels_last, in words that vmap knows
 
 
 class PoolIfHeight(nn.Module):

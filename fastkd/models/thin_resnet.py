@@ -2,44 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class _EverySecond(torch.autograd.Function):
-    """Every second row and column, with zero channels before and after.
-
-    As a function of its own for the gradient: that of a slice has torch's default layout, and is rewritten where it meets the
-    convolution's, which is channels_last.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, before: int, after: int) -> Tensor:
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, before, after))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
-        x, ctx.before, _ = inputs
-        ctx.shape, ctx.last = x.shape, x.stride(1) == 1 != x.shape[1]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        n, c, h, w = ctx.shape
-        found = grad.new_zeros((n, h, w, c)).permute(0, 3, 1, 2) if ctx.last else grad.new_zeros((n, c, h, w))
-        found[:, :, ::2, ::2] = grad.narrow(1, ctx.before, ctx.shape[1])
-        return found, None, None
-
-
 @torch.fx.wrap
 def every_second(x: Tensor, before: int, after: int) -> Tensor:
-    """[N, C, H, W] → [N, before + C + after, ceil(H / 2), ceil(W / 2)]; one node of a traced graph."""
-    return _EverySecond.apply(x, before, after)  # type: ignore[no-any-return]
+    """Every second row and column, with zero channels before and after; one node of a traced graph.
+
+    [N, C, H, W] → [N, before + C + after, ceil(H / 2), ceil(W / 2)]. The gradient of a slice has the order of the sliced dimensions in
+    memory: a channels_last map is sliced with its channels last, or its gradient would be rewritten where it meets the convolution's.
+    """
+    if x.stride(1) == 1 != x.shape[1]:
+        return F.pad(x.permute(0, 2, 3, 1)[:, ::2, ::2], (before, after)).permute(0, 3, 1, 2)
+    return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, before, after))
 
 
 class ShortcutA(nn.Module):

@@ -12,7 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastkd import ops
 from fastkd.errors import InputError
-from fastkd.ops._library import choose
 
 from .globalise import TAILS
 from .trace import sample_means
@@ -82,26 +81,19 @@ class FrozenBN(nn.Module):
         if c.moments is not None:
             self._fill(c.moments, sample_means(x))
         if c.sums is None:
-            # The kernel's sums cost less than a second pass for residual and activation does.
-            return self._fused(x, residual)[0] if self._has_kernel(x) else self._affine(x, residual)
+            return self._affine(x, residual)
         c.counts[self.index] = x.numel() // x.shape[1]
         if self.inner is not None:
             self._fill(c.sums, ops.bn_sums(x, self.mean))
             return self._affine(x, residual)
-        y, sums = self._fused(x, residual)
-        self._fill(c.sums, sums)
-        return y
-
-    def _fused(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What `forward` gives, and the sums of x [2, C]."""
         if residual is not None and residual.shape != x.shape:  # a sum that broadcasts
             y, sums = ops.frozen_bn_act_stats(x, self.scale, self.bias, self.mean)
-            return self._activate(y + residual), sums
+            self._fill(c.sums, sums)
+            return self._activate(y + residual)
         residual = residual if residual is None else residual.to(x.dtype)
-        return ops.frozen_bn_act_stats(x, self.scale, self.bias, self.mean, residual=residual, act=self.act, slope=self.slope)
-
-    def _has_kernel(self, x: Tensor) -> bool:
-        return self.inner is None and choose("frozen_bn_act_stats", x) != "reference"
+        y, sums = ops.frozen_bn_act_stats(x, self.scale, self.bias, self.mean, residual=residual, act=self.act, slope=self.slope)
+        self._fill(c.sums, sums)
+        return y
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> FrozenBN:
         """Moves and casts; mean and variance stay at least fp32, and what the sums are taken about stays what the target says."""

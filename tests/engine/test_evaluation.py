@@ -99,3 +99,20 @@ def test_answers_of_another_kind_are_named():
     with pytest.raises(InputError, match="'one' has one label an image"):
         evaluation.measure(Painted(4), single, MEAN, STD)
     assert evaluation.measure(classifier, single, MEAN, STD).keys() == {"top1", "top5"}
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_stop_between_batches_ends_a_measurement_and_leaves_the_network_as_it_was(dense):
+    images = torch.zeros(7, 2, 2, 3, dtype=torch.uint8)
+    data = ImageSet("seven", "test", images, torch.zeros((7, 2, 2) if dense else 7, dtype=torch.long))
+    net = (Painted(2) if dense else nn.Sequential(nn.Flatten(), nn.Linear(12, 2))).train()
+    kind, looks = evaluation.segmentation if dense else evaluation.accuracy, []
+
+    def asked(n):
+        looks.clear()
+        return lambda: looks.append(1) or len(looks) == n
+
+    with pytest.raises(evaluation.Interrupted):
+        kind(net, data, MEAN, STD, batch=2, asked=asked(3))
+    assert len(looks) == 3 and net.training
+    assert kind(net, data, MEAN, STD, batch=2, asked=asked(0)).images == 7 and len(looks) == 4

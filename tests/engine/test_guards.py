@@ -229,7 +229,7 @@ def parted(rank: int, world: int, folder: str) -> None:
     if rank == 0:
         torch.save(bits(method), f"{folder}/{world}.pt")
     if world > 1:
-        dist.destroy_process_group()
+        small.end_of_rank()
 
 
 def test_two_ranks_in_two_parts_equal_one_in_two_parts(tmp_path):
@@ -436,14 +436,43 @@ def test_four_bad_windows_are_no_collapse(tmp_path):
     assert len(warnings(tmp_path)) == 1 and "few classes" in warnings(tmp_path)[0]
 
 
+def test_single_rows_and_steps_that_are_not_finite_say_nothing_of_a_collapse(tmp_path):
+    method = small.prepared("noise")
+    collapse = Collapse(method, events.Events(tmp_path))
+    x = torch.rand(4, *method.shape)
+    with collapse.counting("distillation"):
+        for row in x:
+            method.teacher(row[None])
+    c = method.classes
+    assert collapse.counted()[c:].tolist()[:2] == [4.0, 0.0] and collapse.counted()[c + 3] == 0
+    before = collapse.counted().clone()
+    with collapse.counting("distillation"):
+        method.teacher(x * float("nan"))
+    assert torch.equal(collapse.counted(), before)
+    with pytest.raises(torch.OutOfMemoryError), collapse.counting("distillation"):
+        method.teacher(x)
+        raise torch.OutOfMemoryError
+    assert torch.equal(collapse.counted(), before)  # it is done again, and counted then
+    for _ in range(9):
+        collapse.judge_counted([100.0] * c + [600.0, 0.0, 80.0 * c, 0.0])
+    assert not (tmp_path / "events.jsonl").exists()
+    collapse.judge_counted([1.0] + [0.0] * (c - 1) + [600.0, 1.0, 0.5, 1.0])
+    collapse.clear()
+    assert collapse.counted().sum() == 0 and not any(n for low in collapse._low.values() for n in low.values())
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 1000])
+def test_a_confident_teacher_is_above_the_threshold_and_a_guessing_one_below(classes):
+    assert 1 / classes < collapsing.THRESHOLDS["confidence"].least(classes) < 0.8
+
+
 def counting(rank, world, folder):
     """The counts of two ranks, summed, are those of one with the global batch."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     total = ranks.total(counts())
     if rank == 0:
         torch.save(total, f"{folder}/counts.pt")
-    dist.destroy_process_group()
-    launch.leave(0)  # as a run's rank does: gloo's threads may end the interpreter's own way out with SIGABRT
+    small.end_of_rank()
 
 
 def counts():

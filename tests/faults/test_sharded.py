@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from fastkd import ranks
-from fastkd.engine import checkpoint, launch, loop
+from fastkd.engine import checkpoint, loop
 from fastkd.engine.events import Events
 from fastkd.memory import Places
 from fastkd.method import steps
@@ -41,12 +41,12 @@ def worker(rank, world, out, images, tier, settings):
     torch.set_default_dtype(torch.float64)
     dist.init_process_group("gloo", init_method=f"file://{out}/store-{world}", rank=rank, world_size=world)
     walked(out, images, tier, **settings)
-    dist.destroy_process_group()
-    launch.leave(0)  # as a run's rank does: gloo's threads may end the interpreter's own way out with SIGABRT
+    small.end_of_rank()
 
 
 def on(world, out, images="sharded", tier="device", **settings):
     out.mkdir(exist_ok=True)
+    (out / f"store-{world}").unlink(missing_ok=True)  # of an attempt before, whose ranks have left at once
     mp.spawn(worker, (world, out, images, tier, settings), nprocs=world)
 
 
@@ -132,8 +132,7 @@ def full_disk(rank, world, out):
     assert loop.run(method, settings, Events(out if rank == 0 else None), out) == 75
     found = [p.name for p in checkpoint.listed(out / "checkpoints")]
     assert found == ["step-00000015", "step-00000005"] and not list((out / "checkpoints").glob(".tmp*"))
-    dist.destroy_process_group()
-    launch.leave(0)  # as a run's rank does: gloo's threads may end the interpreter's own way out with SIGABRT
+    small.end_of_rank()
 
 
 @pytest.mark.fault("T13")

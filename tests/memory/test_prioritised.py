@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from fastkd import ranks
-from fastkd.engine import launch, loop, state
+from fastkd.engine import loop, state
 from fastkd.engine.dry import walk
 from fastkd.errors import ConfigError
 from fastkd.memory import Prioritised, Rows, Store
@@ -374,8 +374,7 @@ def worker(rank, world, folder):
     with pytest.raises(ConfigError, match="cannot be dealt"):
         fill(s := store(4), [1.0])
         s.draw(3)
-    dist.destroy_process_group()
-    launch.leave(0)  # as a run's rank does: gloo's threads may end the interpreter's own way out with SIGABRT
+    small.end_of_rank()
 
 
 def test_two_ranks_draw_write_and_evict_as_one(tmp_path):

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastkd import ranks
-from fastkd.engine import launch
 from fastkd.memory import Prioritised, Store
 from fastkd.memory.shard import deal, held
 from fastkd.rng import Rng
+from tests import small
 from tests.recorder import NoHostRead
 
 SHAPE = (2, 3, 4)
@@ -147,8 +147,7 @@ def worker(rank, world, folder):
         append_and_deal(where, torch.uint8, ring=False)
         append_and_deal(where, torch.float16, ring=True)
         draw_and_write(where)
-    dist.destroy_process_group()
-    launch.leave(0)  # as a run's rank does: gloo's threads may end the interpreter's own way out with SIGABRT
+    small.end_of_rank()
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from fastkd import ranks
-from fastkd.engine import launch, loop, state
+from fastkd.engine import loop, state
 from fastkd.memory import Places
 from tests import small
 
@@ -56,8 +56,7 @@ def worker(rank, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     for variant in VARIANTS:
         compare(variant, [("sharded", "device"), ("sharded", "host")])
-    dist.destroy_process_group()
-    launch.leave(0)  # as a run's rank does: gloo's threads may end the interpreter's own way out with SIGABRT
+    small.end_of_rank()
 
 
 def test_on_two_ranks_sharded_equals_replicated(tmp_path):

@@ -70,6 +70,8 @@ def test_the_parameter_free_shortcut_is_a_slice_and_zeros_and_keeps_the_layout(s
         assert torch.autograd.gradcheck(shortcut, x) and torch.autograd.gradgradcheck(shortcut, x)
         each = torch.func.vmap(torch.func.grad(lambda v: shortcut(v[None]).square().sum()))(x.detach())
         torch.testing.assert_close(each, torch.autograd.grad(shortcut(x).square().sum(), x)[0])
+        _, tangent = torch.func.jvp(shortcut, (x.detach(),), (torch.ones_like(x),))
+        assert torch.equal(tangent, F.pad(torch.ones_like(x)[:, :, ::2, ::2], (0, 0, 0, 0, 2, 3)))
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
@@ -79,4 +81,6 @@ def test_rows_become_maps_in_the_layout_that_the_network_was_moved_to(layout):
     y = copy.deepcopy(net).double()[:2](x.double())
     assert y.is_contiguous(memory_format=layout)
     torch.testing.assert_close(y, net[0](x).double().view(3, 6, 2, 2))
+    each = torch.func.vmap(lambda v: net[:2](v[None])[0])(x)
+    torch.testing.assert_close(each, net[:2](x))
     assert set(net.state_dict()) == {"0.weight", "0.bias", "2.weight", "2.bias"} and not list(net[1].buffers())

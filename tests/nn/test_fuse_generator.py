@@ -17,6 +17,7 @@ from fastkd.engine.state import _visit
 from fastkd.errors import ConfigError
 from fastkd.nn import copy_, evaluating, fuse_generator, globalise
 from fastkd.nn.generator_layers import ActivatedBatchNorm2d, GlobalActivatedBatchNorm2d, UpConv, UpsampleAct
+from tests import small
 
 PLAIN = ["g_fast", "g_large", "g_dafl", "g_pre", "g_mem", "g_dfad_a", "g_zskt", "g_deep", "g_dfad_b", "g_dfq"]
 SHAPE = (3, 16, 32)
@@ -342,7 +343,7 @@ def of_a_rank(rank, world, file, result):
         last = max(int(k.split(".")[1]) for k in out if k.startswith("g0."))
         found[which] = {k: ranks.total(v) if k.startswith("g") and not k.endswith(f".{last}") else v for k, v in out.items()}
     torch.save(found, f"{result}.{rank}")
-    dist.destroy_process_group()
+    small.end_of_rank()
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from torch import nn
 from fastkd import ranks
 from fastkd.errors import ConfigError
 from fastkd.nn import globalise
+from tests import small
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -85,7 +86,7 @@ def of_a_rank(rank, world, file, result):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
     found = {kind: several(globalise(make(kind)), batch()[rank::world], world) for kind in KINDS}
     torch.save(found, f"{result}.{rank}")
-    dist.destroy_process_group()
+    small.end_of_rank()
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 
-from fastkd import assemble, config
+from fastkd import assemble, config, ranks
 from fastkd.engine import dry, probe
 from fastkd.engine.events import Events
 from fastkd.engine.loop import Settings
@@ -80,6 +80,8 @@ def test_a_ring_sends_all_but_its_own_piece_twice_for_a_sum_and_once_for_a_gathe
         assert wire.take() == 2 * 3 * 400 // 4
         torch.distributed.all_gather([torch.zeros(10) for _ in range(4)], torch.zeros(10))
         assert wire.take() == 3 * 40 and wire.take() == 0
+        ranks.swap(torch.zeros(8, 25, dtype=torch.uint8))[1].wait()  # rows of sharded images
+        assert wire.take() == 3 * 200 // 4
 
 
 def test_what_is_held_alone_may_be_too_much(monkeypatch):

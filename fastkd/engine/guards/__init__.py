@@ -121,7 +121,7 @@ class Guards:
           GoBack, NumericalError: three steps of one name in a row were not finite, for the first time and again.
         """
         rows = torch.stack([torch.tensor(IN_A_ROW * stop, device=self.method.device), *self.finite.worst()])
-        flags = (rows >= IN_A_ROW).to(torch.float32)
+        flags = (rows >= IN_A_ROW).to(torch.float64)
         found = ranks.total(torch.cat([flags, self.collapse.counted()])).tolist()
         (stopping, *worst), counted = found[: len(flags)], found[len(flags) :]
         names = [name for name, n in zip(self.finite.names(), worst, strict=True) if n]
@@ -149,6 +149,7 @@ class Guards:
     def went_back(self, rate: float) -> None:
         """After the state of a checkpoint was restored: learning rates times `rate`."""
         self.finite.clear()
+        self.collapse.clear()
         if rate != 1.0:
             self.method.pace.rate *= rate
             self.method.pace.rolled_back = True

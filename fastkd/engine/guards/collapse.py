@@ -36,7 +36,8 @@ class Threshold:
 THRESHOLDS = {
     "balance": Threshold(lambda c: 0.5, "few classes are left among the synthetic images: their entropy is {value:.0%} of an even spread"),
     "confidence": Threshold(
-        lambda c: max(2 / c, 0.05), "the teacher does not know what the synthetic images are: its confidence is {value:.1%}"
+        lambda c: min(max(2 / c, 0.05), (1 + 1 / c) / 2),  # of few classes: half-way between chance and certainty
+        "the teacher does not know what the synthetic images are: its confidence is {value:.1%}"
     ),
     "distance": Threshold(
         lambda c: 0.05, "the synthetic images are nearly all the same: two of them differ by {value:.3f} standard deviations"
@@ -54,8 +55,10 @@ class Collapse:
         self.method, self.events = method, events
         self._low = {kind: dict.fromkeys(THRESHOLDS, 0) for kind in ("windows", "epochs")}
         self._said: set[str] = set()
-        self._sums = torch.zeros(method.classes + 4, device=method.device)
-        """Answers of each class; images, teacher's calls, sums of confidence over answers and of distance over calls."""
+        self._sums = torch.zeros(method.classes + 4, device=method.device, dtype=torch.float64)
+        """Answers of each class; images, calls with two images or more, sums of confidence over answers and of distance over those
+        calls. In fp64: a batch of dense answers is millions."""
+        self._step = torch.zeros_like(self._sums)
 
     @contextlib.contextmanager
     def counting(self, phase: str) -> Iterator[None]:
@@ -63,23 +66,27 @@ class Collapse:
         if phase != "distillation" or self.method.teacher is None:
             yield
             return
+        self._step.zero_()
         handle = self.method.teacher.register_forward_hook(self._count)
         try:
             yield
         finally:
             handle.remove()
+        self._sums += self._step  # not where the step ran out of memory: it is done again
 
     @torch.no_grad()
     def _count(self, module: torch.nn.Module, given: tuple[Any, ...], answer: Any) -> None:
         x, logits = given[0].detach().float(), answer.logits.detach().float()
         named, c = logits.argmax(1).flatten(), self.method.classes
+        found = torch.zeros_like(self._sums)
         # An index_add of ones is exact in any order, and unlike bincount its size is not read from the device.
-        self._sums[:c].index_add_(0, named, torch.ones_like(named, dtype=self._sums.dtype))
-        share = len(named) * F.softmax(logits, 1).amax(1).mean()
-        apart = (2 * x.var(0, unbiased=len(x) > 1).mean()).sqrt()
-        self._sums[c] += len(x)
-        self._sums[c + 1] += 1
-        self._sums[c + 2 :].add_(torch.stack([share, apart]))
+        found[:c].index_add_(0, named, torch.ones_like(named, dtype=found.dtype))
+        found[c] += len(x)
+        found[c + 2] = len(named) * F.softmax(logits, 1).amax(1).mean()
+        if len(x) > 1:
+            found[c + 1] += 1
+            found[c + 3] = (2 * x.var(0).mean()).sqrt()
+        self._step += torch.where(found.isfinite().all(), found, torch.zeros_like(found))  # what is not finite is another guard's
 
     def counted(self) -> Tensor:
         """[C + 4] this rank's counts since the last window that was judged; on the device."""
@@ -97,9 +104,14 @@ class Collapse:
         health = {
             "balance": entropy / math.log(max(2.0, min(c, answers))),
             "confidence": confidence / answers,
-            "distance": distance / calls,
         }
-        self._judge("windows", WINDOWS, health)
+        self._judge("windows", WINDOWS, health | ({"distance": distance / calls} if calls else {}))
+
+    def clear(self) -> None:
+        """Forget what was counted and how often it was low: the run has gone back. What was said stays said."""
+        self._sums.zero_()
+        for low in self._low.values():
+            low.update(dict.fromkeys(low, 0))
 
     def judge(self, health: dict[str, float], *, trained: bool) -> None:
         """Look at an epoch.

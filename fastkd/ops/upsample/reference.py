@@ -34,8 +34,9 @@ def fold_kernel(weight: Tensor) -> Tensor:
 
 def upsample_conv2d_fold(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The same numbers as `upsample_conv2d_ref`: 16 instead of 36 taps per input pixel, no upsampled image."""
-    if x.device.type == "cpu":  # the small map is cheap to rewrite; oneDNN would rewrite the large one, forward and backward
-        x = x.contiguous(memory_format=torch.channels_last)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # the compiler chooses layouts itself
+        # The small map is cheap to rewrite; oneDNN would rewrite the large one, forward and backward.
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # channels_last, in words that vmap knows
     return F.conv_transpose2d(x, fold_kernel(weight), bias, stride=2, padding=1)
 
 
