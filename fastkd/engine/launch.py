@@ -61,7 +61,8 @@ def _from_slurm(env: Any) -> None:
     env.setdefault("LOCAL_RANK", env["SLURM_LOCALID"])
     hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "localhost"
     env.setdefault("MASTER_ADDR", first_host(hosts))
-    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+    step = env.get("SLURM_STEP_ID", "0")  # steps of a job may run side by side; ports from 32768 on are the system's
+    env.setdefault("MASTER_PORT", str(20000 + (int(env.get("SLURM_JOB_ID", "0")) + int(step if step.isdigit() else 0)) % 12000))
 
 
 def first_host(hosts: str) -> str:

@@ -1,4 +1,4 @@
-"""Ranks that the user's own torchrun starts: two launchers, as on two machines, against one process."""
+"""Ranks that the user's own torchrun or srun starts: two launchers, as on two machines, against one process."""
 
 from __future__ import annotations
 
@@ -59,3 +59,46 @@ def test_two_launchers_equal_one_process_and_a_stop_is_not_started_again(tmp_pat
     assert json.loads((two / "environment.json").read_text())["ranks"] == 2
     a, b = state(tmp_path / "one"), state(two)
     assert max(float((a[k].double() - b[k].double()).abs().max()) for k in a) < 1e-4
+
+
+def two_tasks(out: Path, *words: Any, job: int) -> list[tuple[int, str]]:
+    """Two tasks as srun starts them, each with nothing but srun's variables: exit codes and what each wrote to stderr."""
+    command = [sys.executable, "-m", "fastkd", *map(str, words), "--launcher", "slurm", "--out", str(out)]
+    common = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost"}
+    both = [
+        subprocess.Popen(
+            command, env={**environment(), **common, "SLURM_PROCID": str(r), "SLURM_LOCALID": str(r)}, stderr=subprocess.PIPE, text=True
+        )
+        for r in range(2)
+    ]
+    try:
+        ends = [p.communicate(timeout=240)[1] for p in both]
+    finally:
+        for p in both:
+            p.kill()
+    return [(p.returncode, end) for p, end in zip(both, ends, strict=True)]
+
+
+def test_two_tasks_of_slurm_equal_one_process_and_stop_with_75(tmp_path):
+    words = ("run", "--method", "noise", "--device", "cpu", *sets(*STUDENT, "poll=1"))
+    alone = [sys.executable, "-m", "fastkd", *words, "--out", str(tmp_path / "one")]
+    one = subprocess.run(alone, env=environment(), capture_output=True, text=True, timeout=240, check=False)
+    assert one.returncode == 0, one.stderr
+    job, two = free_port(), tmp_path / "two"
+    ends = two_tasks(two, *words, "--time-limit", "0.01s", job=job)
+    assert [code for code, _ in ends] == [75, 75], ends  # srun hands it on, and the job script starts itself again
+    ends = two_tasks(two, *words, "--resume=auto", job=job + 1)
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert sum("continued from step-" in end for _, end in ends) == 1
+    assert json.loads((two / "environment.json").read_text())["ranks"] == 2
+    a, b = state(tmp_path / "one"), state(two)
+    assert max(float((a[k].double() - b[k].double()).abs().max()) for k in a) < 1e-4
+
+
+def test_ranks_that_a_launcher_started_say_that_gpus_starts_none(tmp_path):
+    words = ("run", "--method", "noise", "--device", "cpu", *sets(*STUDENT), "--gpus", "8", "--out", str(tmp_path / "run"))
+    pod = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}  # as a PyTorchJob sets them
+    done = subprocess.run([sys.executable, "-m", "fastkd", *words], env=environment(**pod), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--gpus 8 starts nothing: a launcher has started this rank on this machine already" in done.stderr
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["ranks"] == 1
