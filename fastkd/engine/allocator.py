@@ -1,7 +1,7 @@
 """Memory that a step has freed stays with the process for the next one.
 
 glibc gives tensors of some 32 MB and more back to the system as soon as they are freed, and what lies on top of its heap as well. Every
-step then has the same pages handed out, zeroed, again: a sixth of the time of a generator's step on a CPU. No value is changed by this.
+step then has the same pages handed out, zeroed, again: a tenth of the time of a generator's step on a CPU. No value is changed by this.
 What is free between steps is not given to other processes, and a heap in pieces can be larger than what is live in it.
 """
 
