@@ -116,3 +116,16 @@ def test_a_stop_between_batches_ends_a_measurement_and_leaves_the_network_as_it_
         kind(net, data, MEAN, STD, batch=2, asked=asked(3))
     assert len(looks) == 3 and net.training
     assert kind(net, data, MEAN, STD, batch=2, asked=asked(0)).images == 7 and len(looks) == 4
+
+
+@pytest.mark.parametrize("images", [3, 4, 5, 8])
+def test_ranks_with_unequal_shares_look_equally_often_for_a_stop(images, monkeypatch):
+    data = ImageSet("few", "test", torch.zeros(images, 2, 2, 3, dtype=torch.uint8), torch.zeros(images, dtype=torch.long))
+    net, looks = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), {}
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    monkeypatch.setattr(ranks, "total", lambda x: x)
+    for r in range(2):
+        looks[r] = []
+        monkeypatch.setattr(ranks, "local", lambda x, r=r: x[r::2])
+        evaluation.accuracy(net, data, MEAN, STD, batch=1, asked=lambda r=r: bool(looks[r].append(1)))
+    assert len(looks[0]) == len(looks[1]) == images // 2  # each look is a collective

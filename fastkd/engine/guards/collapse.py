@@ -49,7 +49,7 @@ THRESHOLDS = {
 
 
 class Collapse:
-    """Compares what student steps see, and the health of each epoch, with the thresholds; warns once a run for each."""
+    """Compares what student steps see, and the health of each epoch, with the thresholds; warns once for each, again after a restart."""
 
     def __init__(self, method: Method, events: Events):
         self.method, self.events = method, events
