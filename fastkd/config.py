@@ -94,6 +94,9 @@ class WalkConfig(Section):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     precision: Literal["fp32", "bf16"] | None = Field(None, description="none: bf16 on a GPU, fp32 on a CPU")
     poll: Positive = Field(10, description="steps between looks at signals and guards")
+    graphs: Literal["auto", "off"] = Field(
+        "auto", description="CUDA graphs; auto: on a GPU, with one rank and all images there, a step is captured and then replayed"
+    )
     checkpoint: CheckpointConfig = CheckpointConfig()
 
 
@@ -167,7 +170,7 @@ class CondenseConfig(TaskConfig):
 
 
 SAFE_ON_RESUME = frozenset(
-    {"checkpoint.every_minutes", "checkpoint.every_steps", "checkpoint.keep", "poll", "memory.images", "memory.tier"}
+    {"checkpoint.every_minutes", "checkpoint.every_steps", "checkpoint.keep", "graphs", "poll", "memory.images", "memory.tier"}
 )
 """Keys that may differ when a run is continued; everything else must be as it was."""
 

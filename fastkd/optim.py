@@ -26,6 +26,7 @@ def adam(*groups: Group, lr: float, betas: tuple[float, float] = (0.9, 0.999), e
     made = _groups(groups, lr)
     device = made[0]["params"][0].device
     opt = torch.optim.Adam(made, lr=torch.tensor(lr, device=device), betas=betas, eps=eps, fused=True, capturable=device.type != "cpu")
+    opt._warned_capturable_if_run_uncaptured = True  # the first calls of a step run eagerly, and nobody need be told
     for group in opt.param_groups:
         for p in group["params"]:
             opt.state[p] = {

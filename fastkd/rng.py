@@ -7,6 +7,7 @@ any number of ranks sees the same numbers; an add-on draws from a stream (`name`
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -53,6 +54,10 @@ class Rng:
             self._streams[name].manual_seed(derive(*self._key, name))
         return self._streams[name]
 
+    def generators(self) -> Iterator[torch.Generator]:
+        """Those of all streams that were drawn from so far."""
+        yield from self._streams.values()
+
     def counter(self, name: str = "") -> Tensor:
         """The key of a stream of counter-based draws (`ops.philox_uniform`): [2] int64, (seed, offset), the same on all ranks.
 
@@ -65,8 +70,8 @@ class Rng:
         return self._counters[name]
 
     def _restart(self, counter: Tensor, name: str) -> None:
-        counter[0] = derive(*self._key, name)
-        counter[1] = 0
+        counter[:1].fill_(derive(*self._key, name))  # fills, because an assignment would copy from the host and wait for the device
+        counter[1:].fill_(0)
 
     def _size(self, batch: int | Tensor) -> int:
         return batch if isinstance(batch, int) else batch.shape[0] * ranks.world()

@@ -109,7 +109,7 @@ def small(name: str, over: dict[str, Any] | None = None) -> Method:
     return cls(**{k: v for k, v in {**FIELDS, **(over or {})}.items() if k in known or k in (over or {})})
 
 
-def given(seed: int = 0, *, classes: int = 4, size: int = 16, channels: int = 1) -> Given:
+def given(seed: int = 0, *, classes: int = 4, size: int = 16, channels: int = 1, device: str = "cpu") -> Given:
     """A random teacher whose running statistics are those of some random images, and a smaller student of another family."""
     torch.manual_seed(7)
     net = models.build("resnet8", classes=classes, channels=channels, input_size=size)
@@ -121,17 +121,17 @@ def given(seed: int = 0, *, classes: int = 4, size: int = 16, channels: int = 1)
     embeddings = torch.randn(classes, 6) * 4
     student = Student(models.build("wrn10_1", classes=classes, channels=channels, input_size=size), shape=shape)
     return Given(
-        teacher=instrument(net, shape=shape),
-        student=student,
+        teacher=instrument(net.to(device), shape=shape),
+        student=student.to(device),
         shape=shape,
         classes=classes,
-        mean=torch.full((channels,), 0.4),
-        std=torch.full((channels,), 0.3),
+        mean=torch.full((channels,), 0.4, device=device),
+        std=torch.full((channels,), 0.3, device=device),
         seed=seed,
-        rng=Rng("cpu"),
-        log=Log("cpu"),
-        device=torch.device("cpu"),
-        embeddings=embeddings,
+        rng=Rng(device),
+        log=Log(device),
+        device=torch.device(device),
+        embeddings=embeddings.to(device),
         augmentation=Augment(True, 2),
         real=real(classes, size, channels),
     )
@@ -154,7 +154,7 @@ def given_to(method: Method, seed: int = 0, **kw: Any) -> Given:
     """What `given` gives, with the real images that the method chooses."""
     found = given(seed, **kw)
     if method.uses_real():
-        found.real = method.choose_real(found.real, found.classes)
+        found.real = method.choose_real(found.real, found.classes).to(found.device)
     return found
 
 

@@ -151,6 +151,7 @@ def _execute(job: Job, out: Path | None, *, resume: bool, anew: bool, listeners:
         seed=job.seed,
         precision=job.precision,
         poll=job.poll,
+        graphs=job.graphs,
         every_minutes=job.checkpoint.every_minutes,
         every_steps=job.checkpoint.every_steps,
         keep=job.checkpoint.keep,

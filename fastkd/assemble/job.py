@@ -38,6 +38,7 @@ class Job:
     seed: int
     precision: str
     poll: int
+    graphs: bool
     checkpoint: CheckpointConfig
     config: dict[str, Any]
     facts: dict[str, Any]
@@ -227,6 +228,7 @@ def make_job(config: RunConfig, *, fake: bool = False) -> Job:
         seed=config.seed,
         precision=precision,
         poll=config.poll,
+        graphs=config.graphs == "auto",
         checkpoint=config.checkpoint,
         config=resolved,
         facts={"teacher": network_facts(teacher.spec, teacher.net), "student": network_facts(spec, net), "data": config.data},

@@ -78,7 +78,8 @@ def run(
       NumericalError: most steps of an interval were not finite.
       CheckpointError: nothing there can be resumed, or three saves failed in a row.
     """
-    saver, guards = Saver(method, settings, events, out), Guards(method, events, out, autocast(method.device, settings.precision))
+    saver = Saver(method, settings, events, out)
+    guards = Guards(method, events, out, autocast(method.device, settings.precision), graphs=settings.graphs)
     at, done = restored(method, settings, events, out, anew) if resume and out else ((0, 0), 0)
     with allocator.kept(method.device), heartbeat.beating(out) as beat:
         while True:

@@ -83,7 +83,7 @@ def probe(method: Method, given: Given, settings: loop.Settings, *, world: int =
     events = Events(None, [lambda event: said.append(event["text"]) if event["kind"] == "warning" else None])
     with allocator.kept(given.device), pretended(world):
         loop.prepare(method, given, global_bn=settings.global_bn)
-        guards = Guards(method, events, None, loop.autocast(method.device, settings.precision))
+        guards = Guards(method, events, None, loop.autocast(method.device, settings.precision), graphs=settings.graphs)
         rows = []
         for done, kind in enumerate(kinds(method)):
             at = Position(settings.seed, kind.epoch, done, kind.fn, kind.args, kind.occurrence)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from fastkd.rng import Rng
 
 KEPT_GIVEN = {"student", "log", "pace"}
 """Of what `assemble` gives, only these change during a run."""
+Kind = TypeVar("Kind")
 CONSTANTS = (str, bytes, type(None), torch.device, torch.dtype, range, slice)
 
 
@@ -185,3 +186,33 @@ def restore(
             item.restore(tensors[path])
         elif isinstance(item, NumberItem):
             item.restore(numbers[path])
+
+
+def hanging(method: Method, kind: type[Kind]) -> list[Kind]:
+    """What is of a kind (module, optimiser, store) among the attributes of a method and of the objects of fastkd that it holds; the
+    teacher and real images excepted."""
+    found: list[Kind] = []
+    seen: set[int] = set()
+
+    def visit(value: Any) -> None:
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, kind):
+            found.append(value)
+        elif isinstance(value, dict):
+            for inner in value.values():
+                visit(inner)
+        elif isinstance(value, list | tuple):
+            for inner in value:
+                visit(inner)
+        elif isinstance(value, Tensor | nn.Module | torch.optim.Optimizer):
+            return
+        elif type(value).__module__.startswith("fastkd.") and hasattr(value, "__dict__"):
+            for inner in vars(value).values():
+                visit(inner)
+
+    for name, value in vars(method).items():
+        if name not in ("teacher", "real", "rng", "log"):
+            visit(value)
+    return found

@@ -267,11 +267,10 @@ class Method(Updates, Views):
         """Context: as `frozen`, and in eval mode."""
         return evaluating(*nets)
 
-    @staticmethod
-    def rows(batch: int) -> Tensor:
+    def rows(self, batch: int) -> Tensor:
         """Row numbers of the global `batch` that this rank holds, int64 [b]."""
         own = ranks.rows(batch)
-        return torch.arange(own.start, own.stop, own.step)
+        return torch.arange(own.start, own.stop, own.step, device=self.device)
 
     @staticmethod
     def first(x: Tensor, n: int) -> Tensor:

@@ -147,7 +147,7 @@ class DeepInversion(PoolMethod):
     @step("synthesis")
     def start(self) -> None:
         self.x.data.copy_(self.rng.normal(self.batch, *self.shape))
-        own = self.rows(self.batch).to(self.device) % self.classes
+        own = self.rows(self.batch) % self.classes
         self.task.y.copy_(own if self.labels == "balanced" else self.rng.labels(self.batch, self.classes))
         self.task.best.reset()
 

@@ -111,11 +111,11 @@ class Nayer(PoolMethod):
     def balanced(self, k: int) -> Tensor:
         """Labels of loop k, this rank's rows: floor(B / C) copies of 0 … C - 1, then random ones at the end. A batch smaller than C is
         the next slice of shuffled class lists, so that consecutive loops make every class equally often."""
-        rows = self.rows(self.batch).to(self.device)
+        rows = self.rows(self.batch)
         if self.batch < self.classes:
             first, last = k * self.batch // self.classes, (k * self.batch + self.batch - 1) // self.classes
             lists = torch.cat([self.shuffled(p) for p in range(first, last + 1)])
-            return lists[self.rows(self.batch) + (k * self.batch - first * self.classes)].to(self.device)
+            return lists.to(self.device)[rows + (k * self.batch - first * self.classes)]
         whole = self.batch // self.classes * self.classes
         return torch.where(rows < whole, rows % self.classes, self.rng.labels(self.batch, self.classes))
 

@@ -210,7 +210,7 @@ class Ssd(Fast):
         """The priorities of all stored images for the student as it is."""
         last = len(self.replay) - 1
         for start in range(0, last + 1, self.kd_batch):
-            rows = self.replay.rows((start + self.rows(self.kd_batch).to(self.device)).clamp_max(last))
+            rows = self.replay.rows((start + self.rows(self.kd_batch)).clamp_max(last))
             self.write_back(rows, self.plain(rows), rows.column("w"))
 
     def draw(self) -> tuple[Rows, Tensor]:

@@ -106,6 +106,7 @@ def make_job(
         seed=config.seed,
         precision=assemble.resolve_precision(config.precision, device),
         poll=config.poll,
+        graphs=config.graphs == "auto",
         checkpoint=config.checkpoint,
         config={"task": task, **config.model_dump(mode="json"), **(settings or {})},
         facts={"student": assemble.network_facts(model, net), "data": train.name},

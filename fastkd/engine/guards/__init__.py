@@ -18,6 +18,7 @@ import torch
 
 from fastkd import ranks
 from fastkd.engine.events import Events
+from fastkd.engine.graphs import Graphs
 from fastkd.engine.guards.collapse import Collapse
 from fastkd.engine.guards.finite import IN_A_ROW, Finite, dump
 from fastkd.engine.guards.memory import Backoff
@@ -47,10 +48,14 @@ class Position:
     def name(self) -> str:
         return self.fn.__name__
 
-    def take(self, method: Method) -> None:
-        """Do the step; its draws depend on the position alone, so it can be done again."""
+    def seed_draws(self, method: Method) -> None:
+        """Its draws depend on the position alone, so it can be done again."""
         method.rng.at(self.seed, self.epoch, self.name, self.occurrence)
         method.log.prefix = self.name
+
+    def take(self, method: Method) -> None:
+        """Do the step."""
+        self.seed_draws(method)
         self.fn(*self.args)
 
 
@@ -67,10 +72,14 @@ class Guards:
 
     Args:
       method: prepared. events: where warnings go. out: run folder, or None: then there is nothing to go back to. cast: autocast of steps.
+      graphs: whether steps may be captured in CUDA graphs.
     """
 
-    def __init__(self, method: Method, events: Events, out: Path | None, cast: Cast = contextlib.nullcontext):
+    def __init__(
+        self, method: Method, events: Events, out: Path | None, cast: Cast = contextlib.nullcontext, *, graphs: bool = False
+    ):
         self.method, self.events, self.out, self.cast = method, events, out, cast
+        self.graphs = Graphs(method, graphs, lambda said: events.write("warning", text=said))
         self.snapshot = Snapshot(method)
         self.finite = Finite(method.device)
         self.backoff = Backoff(method, events, out)
@@ -85,11 +94,13 @@ class Guards:
           StartAgain: it ran out on a rank, and all must start again from the last checkpoint.
         """
         self.backoff.due(at)
+        if not at.fn.eager and self._replayed(at):  # type: ignore[attr-defined]
+            return
         self.snapshot.take(numbers=at.fn.eager)  # type: ignore[attr-defined]
         while True:
             try:
-                with self.cast(), self.collapse.counting(at.fn.phase):  # type: ignore[attr-defined]
-                    at.take(self.method)
+                at.seed_draws(self.method)
+                self._do(at)
                 break
             except Exception as e:
                 if not no_memory(e):
@@ -103,10 +114,36 @@ class Guards:
                 raise GoBack(action, NoMemoryError(f"{end} ({problem}); lower method.batch or method.kd_batch."))
             self.snapshot.restore()
             self.events.write("warning", text=action)
+        self._updated(at)
+
+    def _do(self, at: Position) -> None:
+        with self.cast(), self.collapse.counting(at.fn.phase):  # type: ignore[attr-defined]
+            at.fn(*at.args)
+
+    def _updated(self, at: Position) -> None:
         if self.method.updated():
             self.snapshot.mask(self.method.not_finite())
             self.finite.note(at.name, self.method.not_finite())
             self._last[at.name] = at
+
+    def _replayed(self, at: Position) -> bool:
+        """Whether a captured graph has done the step, with all that is done for it on the device."""
+
+        def body() -> None:
+            self.snapshot.take(numbers=False)
+            self._do(at)
+            self._updated(at)
+            self.method.step_ends()
+
+        if not self.graphs.on:
+            return False
+        at.seed_draws(self.method)
+        variant = (at.name, at.args, self.method.pace.parts)
+        if not self.graphs.take(variant, self.snapshot.layout(), body):
+            return False
+        if at.name in self._last:
+            self._last[at.name] = at
+        return True
 
     def _free(self) -> None:
         self.method.step_ends()

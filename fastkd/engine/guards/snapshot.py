@@ -79,10 +79,15 @@ class Snapshot:
         """Bytes of the copies."""
         return sum(kept.numel() * kept.element_size() for flat in (self.buffers, self.small) for _, _, kept in flat.groups)
 
-    def take(self, *, numbers: bool) -> None:
-        """Copy what the next step may move. `numbers`: host numbers as well (steps that run host code)."""
+    def layout(self) -> object:
+        """Stands for the addresses of the copies: another object once they have moved, because the log has new sums."""
         if self._known != self.method.log.sums.keys():
             self._find()
+        return self.buffers
+
+    def take(self, *, numbers: bool) -> None:
+        """Copy what the next step may move. `numbers`: host numbers as well (steps that run host code)."""
+        self.layout()
         self.buffers.take()
         self.small.take()
         self._versions = [t._version for t in self.owned]
@@ -119,35 +124,8 @@ def _of_optimisers(method: Method) -> set[int]:
 
 def optimisers(method: Method) -> list[torch.optim.Optimizer]:
     """Every optimiser that hangs on a method."""
-    return [v for v in _hanging(method) if isinstance(v, torch.optim.Optimizer)]
+    return state.hanging(method, torch.optim.Optimizer)
 
 
 def _buffers(method: Method) -> set[int]:
-    return {id(b) for v in _hanging(method) if isinstance(v, nn.Module) for b in v.buffers()}
-
-
-def _hanging(method: Method) -> list[Any]:
-    """Modules and optimisers among the attributes of a method and of the objects of fastkd that it holds; the teacher excepted."""
-    found: list[Any] = []
-    seen: set[int] = set()
-
-    def visit(value: Any) -> None:
-        if id(value) in seen:
-            return
-        seen.add(id(value))
-        if isinstance(value, nn.Module | torch.optim.Optimizer):
-            found.append(value)
-        elif isinstance(value, dict):
-            for inner in value.values():
-                visit(inner)
-        elif isinstance(value, list | tuple):
-            for inner in value:
-                visit(inner)
-        elif not isinstance(value, Tensor) and type(value).__module__.startswith("fastkd.") and hasattr(value, "__dict__"):
-            for inner in vars(value).values():
-                visit(inner)
-
-    for name, value in vars(method).items():
-        if name not in ("teacher", "real", "rng", "log"):
-            visit(value)
-    return found
+    return {id(b) for net in state.hanging(method, nn.Module) for b in net.buffers()}

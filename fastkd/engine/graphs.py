@@ -1,0 +1,144 @@
+"""Steps as CUDA graphs: the first calls of a step run eagerly, the next one is captured, all further ones are replayed by one launch.
+
+A step can be captured because all that outlives it is state with an address that never changes (`Method`), its draws come from generators
+that are seeded before it, and its arguments select a variant and are never data. What the engine does around a step on the device (copies
+for the guards, masking what is not finite, counting) is captured with it, so that a replay costs the host next to nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+from fastkd import ranks
+from fastkd.engine.state import hanging
+from fastkd.errors import no_memory
+from fastkd.memory import Store
+from fastkd.method import Method
+
+EAGER = 2
+"""Calls of a variant before it is captured: they make what lives on (sums of the log), load kernels and choose algorithms."""
+
+Replay = Callable[[], None]
+
+
+class Graphs:
+    """Captured steps of a run.
+
+    Args:
+      method: prepared. wanted: False keeps every step eager.
+      tell: is given one sentence where a step cannot be captured and stays eager.
+    """
+
+    def __init__(self, method: Method, wanted: bool, tell: Callable[[str], None]):
+        self.method, self.tell = method, tell
+        self.on = wanted and capturable(method)
+        self._replays: dict[Hashable, Replay] = {}
+        self._calls: Counter[Hashable] = Counter()
+        self._eager: set[Hashable] = set()
+        self._layout: object = None
+        self._pool: Any = None
+
+    def take(self, variant: Hashable, layout: object, body: Callable[[], None]) -> bool:
+        """Do a step by replay, capturing it first where it is due; False: it is to be done eagerly.
+
+        Args:
+          variant: what the host code of the step depends on: its name and arguments.
+          layout: an object that is replaced when buffers that `body` writes move; what was captured before is then dropped.
+          body: the step with all that is done for it on the device; its draws are seeded.
+        """
+        if not self.on or variant in self._eager:
+            return False
+        if layout is not self._layout:
+            self._drop()
+            self._layout = layout
+        replay = self._replays.get(variant)
+        if replay is None:
+            self._calls[variant] += 1
+            if self._calls[variant] <= EAGER:
+                return False
+            replay = self._captured(variant, body)
+            if replay is None:
+                return False
+        replay()
+        return True
+
+    def _captured(self, variant: Hashable, body: Callable[[], None]) -> Replay | None:
+        if self._pool is None and self.method.device.type == "cuda":
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            replay = capture(body, list(self.method.rng.generators()), self._pool)
+        except Exception as problem:  # whatever it is, the step itself may still work
+            self.method.step_ends()
+            self._drop()
+            self._eager.add(variant)
+            why = "memory ran out" if no_memory(problem) else (str(problem).splitlines() or [type(problem).__name__])[0]
+            self.tell(f"step '{self.method.log.prefix}' stays eager, it could not be captured in a CUDA graph: {why}")
+            return None
+        self._replays[variant] = replay
+        return replay
+
+    def _drop(self) -> None:
+        self._replays.clear()
+        self._pool = None
+
+
+def capturable(method: Method) -> bool:
+    """Whether steps can be captured: on a GPU, as the only rank, with all images there; fetching them from elsewhere is host code."""
+    stores = hanging(method, Store)
+    return method.device.type == "cuda" and ranks.world() == 1 and all(store.ahead is None for store in stores)
+
+
+def capture(body: Callable[[], None], generators: list[torch.Generator], pool: Any) -> Replay:
+    """Capture what `body` launches, without executing it.
+
+    Args:
+      generators: those that it draws from, beside torch's own; they are seeded before each replay.
+      pool: memory that the graphs of a run share: nothing but state lives from one to the next.
+    Raises:
+      RuntimeError: something in `body` cannot be captured. The generators can be used again.
+    """
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    with torch.cuda.stream(_stream()):
+        # Other threads (heartbeat, files) may call CUDA meanwhile.
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            body()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):
+                graph.capture_end()
+            _renew(generators)
+            raise
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            _renew(generators)
+            raise
+    return graph.replay
+
+
+def _renew(generators: list[torch.Generator]) -> None:
+    """After a capture that failed generators still believe to be captured; a new state does not. Every step seeds them anyway."""
+    own = torch.cuda.default_generators[torch.cuda.current_device()]
+    for generator in (own, *generators):
+        if generator.device.type == "cuda":
+            generator.graphsafe_set_state(torch.Generator(generator.device).graphsafe_get_state())
+
+
+def _stream() -> torch.cuda.Stream:
+    """The stream of all captures: their memory is reused among them."""
+    global _captures
+    if _captures is None:
+        _captures = torch.cuda.Stream()
+    return _captures
+
+
+_captures: torch.cuda.Stream | None = None
