@@ -52,15 +52,19 @@ class _Clock:
 
     def graph(self, call: Call) -> float:
         """Milliseconds of the same work replayed from a CUDA graph: kernels without launches."""
-        side = torch.cuda.Stream()
+        before, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
                 call()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            kept = call()
+        try:
+            with torch.cuda.graph(graph):
+                kept = call()
+        except Exception:
+            torch.cuda.set_stream(before)  # a capture that fails leaves its own as the current one
+            raise
 
         def replay() -> Sequence[Tensor]:
             graph.replay()

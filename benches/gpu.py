@@ -27,7 +27,7 @@ from . import BENCHES
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 540.0
 """Seconds in all."""
-LIMITS = {"wheels": 60, "build": 200, "info": 30, "tests": 120}
+LIMITS = {"wheels": 60, "build": 200, "info": 30, "tests": 130}
 """Seconds a stage may take at most; "tests" is also that of the warming beside them."""
 BENCHING = 160
 """Seconds that the tests leave to the benches."""
@@ -150,16 +150,16 @@ def prepared(log: Log, dry: bool, only: Sequence[str], env: dict[str, str]) -> b
     """Tests, and beside them the warming: both are mostly compilers on the CPU."""
     limit = min(LIMITS["tests"], max(0.0, log.left - BENCHING) if set(BENCHES) & set(only) else log.left)
     end, cores = time.monotonic() + limit, os.cpu_count() or 1
-    parts = [] if "warm" not in only or limit < LEAST else range(1 if dry else max(1, cores // 2))
+    parts = [] if "warm" not in only or limit < LEAST else range(1 if dry else max(1, cores * 3 // 4))
     names = [word for name in BENCHES if name in only for word in ("--only", name)]
-    own = env | {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    own = env | {"TORCHINDUCTOR_COMPILE_THREADS": "2", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benches.warm"]
     toys = ["--quick", "--device", "cpu"] if dry else []
     warming = [started([*command, str(part), str(len(parts)), *names, *toys], env=own) for part in parts]
     fine = True
     if "tests" in only:
         with (log.out / "tests.txt").open("wb") as text:
-            run = [sys.executable, "-m", "pytest", *TESTS, *plugins(cores - len(parts)), *gpu_tests()]
+            run = [sys.executable, "-m", "pytest", *TESTS, *plugins(cores - len(parts) // 2), *gpu_tests()]
             # The interpreter is for the benches: tests of GPU kernels are skipped without a GPU.
             plain = {k: v for k, v in env.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
             fine = log.stage("tests", limit, run, env=plain, stdout=text, stderr=subprocess.STDOUT)
