@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -162,6 +163,7 @@ class Layer:
         return self.x.detach().to(dtype or self.x.dtype).requires_grad_()
 
 
+@functools.cache
 def shapes(work: Work) -> Counter[tuple[int, ...]]:
     """(C, H, W) of the BN inputs, with how many layers have each."""
     seen: list[tuple[int, ...]] = []
