@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     from .suite import Request, run
 
-    fields = vars(options) | {"only": tuple(options.only), "threads": tuple(options.threads) or None}
+    fields = vars(options) | {"only": tuple(options.only), "threads": tuple(options.threads) or None, "without": tuple(options.without)}
     try:
         return run(Request(**fields)).code
     except FastkdError as error:
@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
                       help="torch threads of a CPU run; may be given again; default: 1, and all cores")  # fmt: skip
     made.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile rows; default: yes, but for --quick")
     made.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="on a GPU, times inside CUDA graphs too")
+    made.add_argument("--without", choices=("cuda", "triton", "cpp"), action="append", default=[], help="leave this backend out")
     made.add_argument("--seconds", type=float, metavar="S", help="budget: what does not fit is skipped, and its row says so")
     made.add_argument("--baseline", type=Path, metavar="FILE", help="older record, or folder of them; exit 8 where ours became slower")
     return made

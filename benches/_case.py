@@ -28,7 +28,8 @@ class Plan:
 
     Attributes:
       threads: torch thread counts of a CPU run; every case is measured under each. wrong: (op, provider) → what the gate found.
-      deadline: `time.monotonic()` after which no further case begins. progress: is given the rows of each case as it ends.
+      without: backends that are left out. deadline: `time.monotonic()` after which no further case begins.
+      progress: is given the rows of each case as it ends.
     """
 
     device: torch.device
@@ -39,6 +40,7 @@ class Plan:
     threads: tuple[int, ...] = ()
     copy_gbps: float | None = None
     wrong: dict[tuple[str, str], str] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
     deadline: float | None = None
     progress: Callable[[list[dict[str, Any]]], None] | None = None
 
@@ -128,6 +130,8 @@ def backends(op: str, plan: Plan) -> list[tuple[str, str, str]]:
                 reason = "" if reasons[b] == "ok" else reasons[b]
                 if b == "triton" and not plan.cuda and not plan.quick and _registry.interpreting():
                     reason = "interpreted on the CPU: for tests, not for times"
+                if b in plan.without:
+                    reason = "left out of this run (--without)"
                 out.append((f"ours: {b}" if b != "reference" else "definition", "auto" if b == "fold" else b, reason))
             return out
     return []

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd import ops
+from fastkd.ops.replay_tree.reference import philox_uniform_ref, replay_sample_ref, replay_sums_ref, replay_update_ref
 
 from . import peers
 from ._case import Call, Case, Plan, Provider, compiled, ours, provider
@@ -22,8 +23,13 @@ TURNS = 64
 """Different batches: the same rows in every call would sit in the cache."""
 
 
+FULL = 1 << 26
+"""Leaves whose sums fill a GPU."""
+
+
 def cases(plan: Plan) -> Iterator[Case]:
-    for size in TINY if plan.quick else SIZES:
+    sizes = TINY if plan.quick else SIZES
+    for size in reversed(sizes) if plan.cuda else sizes:
         yield case(plan, *size)
 
 
@@ -83,3 +89,54 @@ def case(plan: Plan, n: int, batch: int) -> Case:
         baseline="cumsum + searchsorted",
         tolerance=1e-6,
     )
+
+
+def alone(plan: Plan) -> Iterator[Case]:
+    """On a GPU: each op of the tree by itself, CUDA beside Triton."""
+    n, batch = TINY[0] if plan.quick else SIZES[-1]
+    for leaves in (n,) if plan.quick else (n, FULL):
+        yield single(plan, "replay_sums", leaves, batch)
+    for op in ("replay_sample", "replay_update", "philox_uniform"):
+        yield single(plan, op, n, batch)
+
+
+def single(plan: Plan, op: str, n: int, batch: int) -> Case:
+    draw = torch.Generator(plan.device).manual_seed(7)
+    leaves = torch.randint(1, 9, (n,), generator=draw, device=plan.device).float()
+    u = torch.rand(batch, generator=draw, device=plan.device, dtype=torch.float64)
+    index = torch.randperm(n, generator=draw, device=plan.device)[:batch]
+    value, key = leaves[index] + 1, torch.tensor([5, 0], device=plan.device)
+    sums = replay_sums_ref(leaves)
+    states: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def update(fn: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        state = states.setdefault(ops.backend(), (leaves.clone(), sums.clone()))
+        fn(*state, index, value, duplicates="last")
+        return state
+
+    def finite(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [v.nan_to_num(posinf=0.0) for v in outputs]  # the least leaf of an empty piece is infinite
+
+    calls: dict[str, tuple[Call, Call]] = {
+        "replay_sums": (lambda: (replay_sums_ref(leaves),), lambda: (ops.replay_sums(leaves),)),
+        "replay_sample": (
+            lambda: tuple(v.double() for v in replay_sample_ref(leaves, u)[:2]),
+            lambda: tuple(v.double() for v in ops.replay_sample(leaves, sums, u=u)[:2]),
+        ),
+        "replay_update": (lambda: update(replay_update_ref), lambda: update(ops.replay_update)),
+        "philox_uniform": (lambda: (philox_uniform_ref(key, n),), lambda: (ops.philox_uniform(key, n),)),
+    }
+    definition, public = calls[op]
+    shape = {"replay_sums": f"{n}", "philox_uniform": f"{n}"}.get(op, f"{batch} rows")
+    moved = {"replay_sums": 4 * n + 8 * sums.numel(), "philox_uniform": 8 * n}.get(op)
+    return Case(
+        op=op,
+        labels={"case": f"{n} {'numbers' if op == 'philox_uniform' else 'priorities'} alone{', full' if n == FULL else ''}",
+                "shape": shape, "layout": "", "dtype": "float32"},
+        providers=[Provider("definition", "eager", definition, backend="reference"), *ours(op, plan, public, definition=False)],
+        truth=definition,
+        baseline="definition",
+        tolerance=1e-6,
+        bytes=moved,
+        compared=finite,
+    )  # fmt: skip

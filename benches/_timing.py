@@ -1,7 +1,9 @@
 """Timers: providers interleaved round by round, medians with p20 and p80, CUDA events on a GPU.
 
 Warm-up comes first; between rounds nothing else runs. On a CPU each provider whose call is short is called once untimed before its
-timed calls of a round (its own caches: "warm"); on a GPU a buffer larger than the L2 cache is overwritten before each call ("flushed").
+timed calls of a round (its own caches: "warm"); on a GPU a buffer larger than the L2 cache is read before each call ("flushed": what
+the cache then holds need not be written back under the clock). `ms` is a call as it is made; `graph_ms` the same work replayed from a
+CUDA graph, kernels without launches: small shapes differ in it, and bandwidth is judged by it.
 """
 
 from __future__ import annotations
@@ -20,11 +22,16 @@ from fastkd import ops
 from . import check
 from ._case import Call, Case, Plan, Provider
 
+ON_GPU = (5, 30, 1.5)
+"""Rounds of a case on a GPU: at least, at most, and the seconds after which no further one begins."""
+WARM = 0.03
+"""Seconds of warm-up calls on a GPU, after the first one."""
+
 
 class _Clock:
     def __init__(self, plan: Plan):
         self.plan = plan
-        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=plan.device) if plan.cuda else None
+        self.flush = torch.zeros(64 << 20, device=plan.device) if plan.cuda else None
 
     def __call__(self, call: Call, inner: int) -> float:
         """Milliseconds a call."""
@@ -36,7 +43,7 @@ class _Clock:
                 call()
             return 1e3 * (time.perf_counter() - begin) / inner
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flush.zero_()
+        self.flush.sum()
         first.record()
         call()
         last.record()
@@ -45,15 +52,19 @@ class _Clock:
 
     def graph(self, call: Call) -> float:
         """Milliseconds of the same work replayed from a CUDA graph: kernels without launches."""
-        side = torch.cuda.Stream()
+        before, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
                 call()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            kept = call()
+        try:
+            with torch.cuda.graph(graph):
+                kept = call()
+        except Exception:
+            torch.cuda.set_stream(before)  # a capture that fails leaves its own as the current one
+            raise
 
         def replay() -> Sequence[Tensor]:
             graph.replay()
@@ -70,8 +81,8 @@ def spread(times: list[float]) -> tuple[float, float, float]:
 
 
 def copy_rate(plan: Plan) -> float:
-    """Measured GB/s (read and write) of a copy of 64 MiB (quick: 4 MiB)."""
-    x = torch.ones((4 if plan.quick else 64) << 18, device=plan.device)
+    """Measured GB/s (read and write) of a copy of 64 MiB, on a GPU of 1 GiB (quick: 4 MiB)."""
+    x = torch.ones((4 if plan.quick else 1024 if plan.cuda else 64) << 18, device=plan.device)
     y, clock = torch.empty_like(x), _Clock(plan)
     for _ in range(3):
         y.copy_(x)
@@ -133,6 +144,9 @@ def _measure(case: Case, plan: Plan, truth: Sequence[Tensor] | None, failed: str
         row |= {"rung": p.rung} if p.rung else {}
         row |= {"kind": p.kind, "backend": p.backend, "ok": None}
         rows.append(row)
+        if p.call is not None and running and plan.late:  # a compilation may have eaten it
+            row["reason"] = "no time was left"
+            continue
         found, reason = (None, p.reason) if p.call is None else check.attempt(p.call, p.backend)
         if found is None or p.call is None:
             row["reason"] = reason
@@ -148,7 +162,7 @@ def _measure(case: Case, plan: Plan, truth: Sequence[Tensor] | None, failed: str
         del found
         running.append((p, row, _warm(p.call, plan)))
     times: list[list[float]] = [[] for _ in running]
-    least, most, limit = (3, 3, 1.0) if plan.quick else (5, 50 if plan.cuda else 15, case.seconds)
+    least, most, limit = (3, 3, 1.0) if plan.quick else ON_GPU if plan.cuda else (5, 15, case.seconds)
     begin = time.perf_counter()
     for done in range(most):
         if done >= least and (time.perf_counter() - begin > limit or plan.late):
@@ -156,25 +170,30 @@ def _measure(case: Case, plan: Plan, truth: Sequence[Tensor] | None, failed: str
         for own, (p, _, inner) in zip(times, running):
             assert p.call is not None
             ops.use(p.backend)
-            if plan.cuda and done == 0:
-                p.call()  # the choice of the backend is looked up here, not under the clock
+            if plan.cuda and (not own or own[-1] < 2.0):
+                p.call()  # the choice of the backend is looked up here (0.1 ms), not under the clock
             own.append(clock(p.call, inner))
     for own, (p, row, inner) in zip(times, running):
         row["ms"], row["p20"], row["p80"] = (round(v, 6) for v in spread(own))
         row |= {"rounds": len(own), "calls": inner, "cache": "flushed" if plan.cuda else "warm", **_rates(case, plan, row["ms"])}
         if plan.cuda:
             row |= _on_gpu(p, plan, clock)
+            row |= {f"graph_{k}": v for k, v in _rates(case, plan, row["graph_ms"]).items()} if "graph_ms" in row else {}
     ops.use("auto")
     ratios(case.baseline, rows if not plan.swap else rows[::-1])
     return rows
 
 
 def _warm(call: Call, plan: Plan) -> int:
-    """More than 200 ms of calls; returns how many make a timed round long enough."""
+    """More than 200 ms of calls, on a GPU `WARM`; returns how many make a timed round long enough."""
+    if plan.cuda:
+        call()
     begin, calls = time.perf_counter(), 0
-    while calls < 2 or (not plan.quick and time.perf_counter() - begin < 0.25):
+    while calls < 2 or (not plan.quick and time.perf_counter() - begin < (WARM if plan.cuda else 0.25)):
         call()
         calls += 1
+        if plan.cuda:
+            torch.cuda.synchronize()  # or thousands of calls queue up
         if plan.quick:
             break
     each = (time.perf_counter() - begin) / calls
@@ -210,18 +229,23 @@ def _on_gpu(p: Provider, plan: Plan, clock: _Clock) -> dict[str, Any]:
 
 
 def ratios(baseline: str, rows: list[dict[str, Any]]) -> None:
-    """Speed-ups, only between rows that are right: over the baseline, over the fastest compiled form of the same dtype, and of a
-    rung over the nearest one before it that has a time."""
-    fine = [r for r in rows if "ms" in r and r["ok"]]
-    eager = next((r["ms"] for r in fine if r["provider"] == baseline), None)
-    below = None
-    for r in fine:
-        best = min((c["ms"] for c in fine if c["kind"] == "compile" and c.get("dtype") == r.get("dtype")), default=None)
-        if eager:
-            r["x_eager"] = round(eager / r["ms"], 3)
-        if best:
-            r["x_compile"] = round(best / r["ms"], 3)
-        if "rung" in r:
-            if below:
-                r["x_rung"] = round(below / r["ms"], 3)
-            below = r["ms"]
+    """Speed-ups, only between rows that are right: over the baseline, over the fastest compiled form of the same dtype, of a CUDA
+    kernel over its Triton twin, and of a rung over the nearest one before it that has a time. `graph_…` is the same in graph time."""
+    for graph in ("", "graph_"):
+        ms = f"{graph}ms"
+        fine = [r for r in rows if ms in r and r["ok"]]
+        eager = next((r[ms] for r in fine if r["provider"] == baseline), None)
+        twin = next((r[ms] for r in fine if r["provider"] == "ours: triton"), None)
+        below = None
+        for r in fine:
+            best = min((c[ms] for c in fine if c["kind"] == "compile" and c.get("dtype") == r.get("dtype")), default=None)
+            if eager:
+                r[f"{graph}x_eager"] = round(eager / r[ms], 3)
+            if best:
+                r[f"{graph}x_compile"] = round(best / r[ms], 3)
+            if twin and r["provider"] == "ours: cuda":
+                r[f"{graph}x_triton"] = round(twin / r[ms], 3)
+            if "rung" in r:
+                if below:
+                    r[f"{graph}x_rung"] = round(below / r[ms], 3)
+                below = r[ms]

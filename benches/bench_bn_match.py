@@ -4,6 +4,7 @@
   of a layer as a graph input the compiler stores a ReLU mask that it does not store inside a network, which flatters us.
 - Whole teachers, against hooks and against the compiled network with statistics in both forms that a user may write.
 - A ladder from the published way to ours: each gain beside the rung that earned it.
+- On a GPU, first, each op alone on a tensor that fills the chip: what its kernels reach of a copy's bandwidth, CUDA beside Triton.
 
 `x_best_eager` compares with the hooks in whichever layout they are faster: in channels_last they copy into another order.
 """
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 
 from fastkd import models, ops
 from fastkd.nn import instrument
-from fastkd.ops.bn_match.reference import bn_match_loss_ref, frozen_bn_act_stats_ref, moments_ref, wide
+from fastkd.ops.bn_match.reference import bn_match_loss_ref, bn_sums_ref, frozen_bn_act_stats_ref, moments_ref, wide
 
 from ._case import Call, CannotRun, Case, Plan, Provider, compiled, ours, provider
 from ._timing import measure_all
@@ -51,6 +54,8 @@ class Work:
 GROUPS = (Work("resnet20", 32, 256, 256), Work("cifar_resnet34", 32, 64, 64), Work("resnet50", 112, 16, 64), Work("resnet50", 224, 8, 64))
 TEACHERS = (Work("resnet20", 32, 256, 256), Work("cifar_resnet34", 32, 32, 256, compiled=("channels_last",)))
 TINY = (Work("resnet20", 8, 4, 4),)
+FULL = ((64, 64, 112, 112), (64, 512, 28, 28), (256, 2048, 7, 7))
+"""Batch, channels, height and width of single ops on a GPU: inputs of BatchNorms of ResNet-50."""
 SECONDS = 8.0
 """What the rounds of a case may take, once the least number of them is done."""
 
@@ -64,7 +69,12 @@ def teachers(plan: Plan) -> tuple[Work, ...]:
 
 
 def cases(plan: Plan) -> Iterator[Case]:
-    """Small teachers first: where time is short, the rows of ResNet-50 go."""
+    """Small teachers first: where time is short, the rows of ResNet-50 go. On a GPU the most telling rows of each kind."""
+    if plan.cuda and not plan.quick:
+        yield from on_gpu(plan)
+        return
+    if plan.cuda:
+        yield from singles(plan, ((2, 8, 6, 6),))
     for work in TINY if plan.quick else GROUPS[:2]:
         yield from groups(plan, work)
     for work in teachers(plan):
@@ -75,6 +85,25 @@ def cases(plan: Plan) -> Iterator[Case]:
         yield ladder(plan, work)
     for work in () if plan.quick else GROUPS[2:]:
         yield from groups(plan, work)
+
+
+def on_gpu(plan: Plan) -> Iterator[Case]:
+    small, middle, large, largest = GROUPS
+    fp32, bf16, last = torch.float32, torch.bfloat16, "channels_last"
+    yield from singles(plan, FULL[:1])
+    yield layers(plan, largest, last, bf16)
+    yield layers(plan, largest, "NCHW", bf16)
+    yield teacher(plan, TEACHERS[0], last, bf16)
+    yield teacher(plan, TEACHERS[0], last, fp32)
+    yield teacher(plan, TEACHERS[1], last, bf16)
+    yield layers(plan, small, last, bf16)
+    yield layers(plan, small, "NCHW", fp32)
+    yield from singles(plan, FULL[1:])
+    yield layers(plan, middle, last, bf16)
+    yield layers(plan, large, last, bf16)
+    yield layers(plan, largest, last, fp32)
+    for work in TEACHERS:
+        yield ladder(plan, work)
 
 
 def groups(plan: Plan, work: Work) -> Iterator[Case]:
@@ -134,6 +163,7 @@ class Layer:
         return self.x.detach().to(dtype or self.x.dtype).requires_grad_()
 
 
+@functools.cache
 def shapes(work: Work) -> Counter[tuple[int, ...]]:
     """(C, H, W) of the BN inputs, with how many layers have each."""
     seen: list[tuple[int, ...]] = []
@@ -147,17 +177,17 @@ def shapes(work: Work) -> Counter[tuple[int, ...]]:
 
 
 def layers(plan: Plan, work: Work, layout: str, dtype: torch.dtype) -> Case:
-    draw, batch = torch.Generator().manual_seed(3), work.batch(plan)
+    draw, batch = torch.Generator(plan.device).manual_seed(3), work.batch(plan)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=draw)
+        return torch.randn(*size, generator=draw, device=plan.device)
 
     def made(shape: tuple[int, ...], count: int) -> Layer:
         c = shape[0]
         mean, var = normal(c), normal(c).square() + 0.5  # running statistics, and inputs near them
         x = normal(batch, *shape) * var.sqrt().view(-1, 1, 1) * 1.1 + mean.view(-1, 1, 1) + 0.1
         maps = [t.to(plan.device, dtype).contiguous(memory_format=LAYOUTS[layout]) for t in (x, normal(batch, *shape))]
-        return Layer(*maps, count, *(v.to(plan.device) for v in (mean, var, 1 + 0.2 * normal(c), 0.2 * normal(c))))
+        return Layer(*maps, count, mean, var, 1 + 0.2 * normal(c), 0.2 * normal(c))
 
     group = [made(shape, count) for shape, count in shapes(work).items()]
     every = [layer for layer in group for _ in range(layer.count)]
@@ -202,7 +232,7 @@ def layers(plan: Plan, work: Work, layout: str, dtype: torch.dtype) -> Case:
     return Case(
         op=OP,
         labels=labels(f"BN layers {work.net}", work, batch, layout, dtype),
-        providers=[Provider("hooks", "eager", lambda: call(published)), *ours(OP, plan, lambda: call(public))],
+        providers=[Provider("hooks", "eager", lambda: call(published)), *ours(OP, plan, lambda: call(public), definition=not plan.cuda)],
         truth=truth,
         baseline="hooks",
         bytes=sum(5 * v.x.numel() * v.x.element_size() for v in every),  # reads x, writes y; backward reads x and gy, writes dx
@@ -212,6 +242,121 @@ def layers(plan: Plan, work: Work, layout: str, dtype: torch.dtype) -> Case:
 def labels(case: str, work: Work, batch: int, layout: str, dtype: torch.dtype | None) -> dict[str, str]:
     name = "" if dtype is None else str(dtype)[6:]
     return {"case": case, "shape": f"{batch}x3x{work.size}x{work.size}", "layout": layout, "dtype": name, "pass": "fwd+bwd"}
+
+
+# Single ops, on a GPU --------------------------------------------------------------------------------------------------------
+
+
+def singles(plan: Plan, sizes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
+    """Every op of the family on each shape: bf16 in both layouts, fp32 on the first."""
+    for shape, layout, dtype in itertools.product(sizes, ("channels_last", "NCHW"), (torch.bfloat16, torch.float32)):
+        if dtype == torch.bfloat16 or shape == FULL[0]:
+            yield single(plan, OP, shape, layout, dtype, backward=False)
+            yield single(plan, OP, shape, layout, dtype)
+        if dtype == torch.bfloat16:
+            if shape == sizes[0] != FULL[1]:
+                yield single(plan, OP, shape, layout, dtype, residual=True)
+            yield single(plan, "bn_sums", shape, layout, dtype)
+    if sizes[0] != FULL[1]:
+        yield loss_alone(plan)
+
+
+def single(
+    plan: Plan, op: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype, *, residual: bool = False, backward: bool = True
+) -> Case:
+    draw, c = torch.Generator(plan.device).manual_seed(3), shape[1]
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=draw, device=plan.device)
+
+    shift, scale, bias, weight = normal(c), 1 + 0.2 * normal(c), 0.2 * normal(c), 1e-3 * normal(2, c)
+    count = 3 if residual else 2
+    x, gy, *rest = (normal(*shape).to(dtype).contiguous(memory_format=LAYOUTS[layout]) for _ in range(count))
+
+    def call(fn: Callable[..., tuple[Tensor, ...]], wide: bool = False) -> Call:
+        own = [v.detach().to(torch.float64 if wide else dtype).requires_grad_(backward) for v in (x, *rest)]
+        vectors = [v.double() if wide else v for v in (shift, scale, bias, weight)]
+        grads = [gy.to(own[0].dtype), vectors[3]]
+
+        def one() -> Sequence[Tensor]:
+            outs = fn(own[0], *vectors[:3], own[1] if residual else None)
+            return outs if not backward else (*outs, *torch.autograd.grad(outs, own, grads[2 - len(outs) :]))
+
+        return one
+
+    def definition(x: Tensor, shift: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None) -> tuple[Tensor, ...]:
+        return (bn_sums_ref(x, shift),) if op == "bn_sums" else frozen_bn_act_stats_ref(x, scale, bias, shift, residual, "relu", 0.0)
+
+    def plain(x: Tensor, shift: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None) -> tuple[Tensor, ...]:
+        """Two statistics, a BatchNorm of torch and an activation."""
+        v, m = torch.var_mean(x.float(), (0, 2, 3), unbiased=False)
+        n, d = x.numel() // c, m - shift
+        sums = torch.stack((n * d, n * (v + d * d)))
+        if op == "bn_sums":
+            return (sums,)
+        y = F.batch_norm(x, shift, torch.ones_like(shift), scale, bias + scale * shift, False, 0.0, 0.0)
+        return F.relu(y if residual is None else y + residual), sums
+
+    def public(x: Tensor, shift: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None) -> tuple[Tensor, ...]:
+        if op == "bn_sums":
+            return (ops.bn_sums(x, shift),)
+        return ops.frozen_bn_act_stats(x, scale, bias, shift, residual=residual, act="relu")
+
+    passes = (1 if op == "bn_sums" else 2) + residual  # forward: x (and the residual), y
+    passes += (2 if op == "bn_sums" else 3 + 2 * residual) if backward else 0  # backward: x, dx; gy; the residual and its gradient
+    return Case(
+        op=op,
+        labels={
+            "case": f"single op{' with residual' if residual else ''}",
+            "shape": "x".join(map(str, shape)),
+            "layout": layout,
+            "dtype": str(dtype)[6:],
+            "pass": "fwd+bwd" if backward else "fwd",
+        },
+        providers=[Provider("torch ops", "eager", call(plain)), *ours(op, plan, call(public), definition=False)],
+        truth=call(definition, wide=True),
+        baseline="torch ops",
+        bytes=passes * x.numel() * x.element_size(),
+    )
+
+
+def loss_alone(plan: Plan) -> Case:
+    """The distance over the 53 layers of ResNet-50, forward and backward: one launch each way instead of some hundred."""
+    draw = torch.Generator(plan.device).manual_seed(4)
+    sizes = [channels for (channels, _, _), count in shapes(GROUPS[2]).items() for _ in range(count)]
+    offsets = (0, *itertools.accumulate(sizes))
+    stats = torch.rand(2, offsets[-1], generator=draw, device=plan.device) + 0.5
+    target = torch.rand(2, offsets[-1], generator=draw, device=plan.device) + 0.5
+
+    def call(fn: Callable[[Tensor, Tensor], Tensor], wide: bool = False) -> Call:
+        own, to = (v.double() if wide else v.clone() for v in (stats, target))
+        own.requires_grad_()
+
+        def one() -> Sequence[Tensor]:
+            loss = fn(own, to)
+            return loss, *torch.autograd.grad(loss, own, torch.full_like(loss, WEIGHT))
+
+        return one
+
+    def definition(stats: Tensor, target: Tensor) -> Tensor:
+        return bn_match_loss_ref(stats, target, offsets, 1.0, "l2")
+
+    def layer_by_layer(stats: Tensor, target: Tensor) -> Tensor:
+        return torch.stack([(s - t).norm(dim=1).sum() for s, t in zip(stats.split(sizes, 1), target.split(sizes, 1))]).sum()
+
+    labels = {"case": "53 layers", "shape": f"2x{offsets[-1]}", "layout": "", "dtype": "float32", "pass": "fwd+bwd"}
+    public = call(lambda stats, target: ops.bn_match_loss(stats, target, offsets))
+    return Case(
+        op="bn_match_loss",
+        labels=labels,
+        providers=[
+            Provider("layer by layer", "eager", call(layer_by_layer)),
+            provider("compile(definition)", "compile", lambda: call(compiled(plan, definition))),
+            *ours("bn_match_loss", plan, public),
+        ],
+        truth=call(definition, wide=True),
+        baseline="layer by layer",
+    )
 
 
 # A whole teacher ------------------------------------------------------------------------------------------------------------
@@ -226,13 +371,13 @@ class Setting:
         self.plan, self.batch = plan, work.batch(plan)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5)
-            net = models.build(work.net, classes=10, channels=3, input_size=work.size).train()
+            net = models.build(work.net, classes=10, channels=3, input_size=work.size).train().to(plan.device)
             with torch.no_grad():
                 for _ in range(2 if plan.quick else 5):  # running statistics of some images
-                    net(torch.randn(min(self.batch, 32), 3, work.size, work.size))
+                    net(torch.randn(min(self.batch, 32), 3, work.size, work.size).to(plan.device))
             images = torch.rand(self.batch, 3, work.size, work.size) * 2 - 1
             self.gy = torch.randn(self.batch, 10).to(plan.device)
-        self.trainable, self.images = net.eval().to(plan.device), images.to(plan.device)
+        self.trainable, self.images = net.eval(), images.to(plan.device)
         self.frozen = copy.deepcopy(self.trainable).requires_grad_(False)
 
     def net(self, layout: str) -> nn.Module:
@@ -305,7 +450,7 @@ def teacher(plan: Plan, work: Work, layout: str, dtype: torch.dtype) -> Case:
             Provider("hooks", "eager", s.call(hooked(s.net(layout)), layout, dtype)),
             provider("compile(var_mean)", "compile", lambda: whole(hooked(s.net(layout), var_mean_distance))),
             provider("compile(sums)", "compile", lambda: whole(sums), backend="reference"),
-            *ours(OP, plan, s.call(sums, layout, dtype)),
+            *ours(OP, plan, s.call(sums, layout, dtype), definition=not plan.cuda),
         ],
         truth=s.truth(),
         baseline="hooks",

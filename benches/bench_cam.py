@@ -26,8 +26,10 @@ MAPS = {
     "ResNet-50 at 224": (32, 2048, 7, 224, 1000),
 }
 """Batch, channels, height and width of the map, of the image, classes."""
+FULL = {"ResNet-50 at 224, full": (1024, 2048, 7, 224, 1000)}
+"""A batch that fills a GPU."""
 NETWORKS = {"ResNet-20 at 32": ("resnet20", 64, 32, 10), "ResNet-50 at 224": ("resnet50", 2, 224, 1000)}
-"""Name, batch, height and width of the image, classes."""
+"""Name, batch (on a GPU 64), height and width of the image, classes."""
 TINY_MAPS = {"tiny": (4, 16, 4, 8, 5)}
 TINY_NETWORKS = {"tiny": ("resnet20", 4, 8, 5)}
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -38,9 +40,24 @@ def run(plan: Plan) -> list[dict[str, Any]]:
 
 
 def cases(plan: Plan) -> Iterator[Case]:
-    yield from alones(plan)
-    for name, sizes in (TINY_NETWORKS if plan.quick else NETWORKS).items():
-        yield end_to_end(plan, name, *sizes)
+    yield from on_gpu(plan) if plan.cuda and not plan.quick else alones(plan)
+    for name, (net, batch, size, classes) in (TINY_NETWORKS if plan.quick else NETWORKS).items():
+        yield end_to_end(plan, name, net, 64 if plan.cuda and not plan.quick else batch, size, classes)
+
+
+def on_gpu(plan: Plan) -> Iterator[Case]:
+    """The most telling of all combinations first."""
+    fp32, bf16 = torch.float32, torch.bfloat16
+    for layout, dtype in (("channels_last", bf16), ("NCHW", bf16), ("NCHW", fp32)):
+        for backward in (False, True):
+            for name, sizes in FULL.items():
+                yield alone(plan, name, sizes, layout, dtype, backward)
+    for name, layout, dtype in (
+        ("ResNet-34 at 32", "channels_last", bf16),
+        ("ResNet-20 at 32", "NCHW", fp32),
+        ("ResNet-50 at 112", "channels_last", bf16),
+    ):
+        yield alone(plan, name, MAPS[name], layout, dtype, True)
 
 
 def alones(plan: Plan) -> Iterator[Case]:
@@ -60,11 +77,11 @@ def product_sum(features: Tensor, weight: Tensor, labels: Tensor, size: tuple[in
 
 def alone(plan: Plan, name: str, sizes: tuple[int, ...], layout: str, dtype: torch.dtype, backward: bool) -> Case:
     batch, k, hw, image, classes = sizes
-    draw = torch.Generator().manual_seed(8)
-    weight = (torch.randn(classes, k, generator=draw) * k**-0.5).to(plan.device)
-    labels = torch.randint(classes, (batch,), generator=draw).to(plan.device)
-    features = F.relu(torch.randn(batch, k, hw, hw, generator=draw)).to(plan.device, dtype).contiguous(memory_format=LAYOUTS[layout])
-    grad = torch.randn(batch, image, image, generator=draw).to(plan.device)
+    draw, device = torch.Generator(plan.device).manual_seed(8), plan.device
+    weight = torch.randn(classes, k, generator=draw, device=device) * k**-0.5
+    labels = torch.randint(classes, (batch,), generator=draw, device=device)
+    features = F.relu(torch.randn(batch, k, hw, hw, generator=draw, device=device)).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+    grad = torch.randn(batch, image, image, generator=draw, device=device)
     features.requires_grad_(backward)
     size = (image, image)
 
@@ -81,6 +98,7 @@ def alone(plan: Plan, name: str, sizes: tuple[int, ...], layout: str, dtype: tor
 
         return one
 
+    usual = None if dtype == torch.float32 else 0.25  # the usual way sums in bf16, and divides by a difference of such sums
     exact = features.detach().double().requires_grad_(backward)
     traffic = features.numel() * features.element_size() * (2 if backward else 1)  # reads features; backward writes as much
     return Case(
@@ -93,10 +111,10 @@ def alone(plan: Plan, name: str, sizes: tuple[int, ...], layout: str, dtype: tor
             "pass": "fwd+bwd" if backward else "fwd",
         },
         providers=[
-            Provider("product and sum", "eager", call(product_sum)),
+            Provider("product and sum", "eager", call(product_sum), tolerance=usual),
             provider("compile(definition)", "compile", lambda: call(compiled(plan, definition))),
-            provider("compile(product and sum)", "compile", lambda: call(compiled(plan, product_sum))),
-            *ours(OP, plan, call(public)),
+            provider("compile(product and sum)", "compile", lambda: call(compiled(plan, product_sum)), tolerance=usual),
+            *ours(OP, plan, call(public), definition=not plan.cuda),
         ],
         truth=call(definition, exact, weight.double(), grad.double()),
         baseline="product and sum",

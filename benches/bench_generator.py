@@ -73,12 +73,12 @@ def setting(plan: Plan) -> Setting:
     shape = (3, size, size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(12)
-        generator = generators.generator("g_fast", nz, shape)
-        teacher, student = (models.build(name, classes=CLASSES, channels=3, input_size=size) for name in ("resnet20", "resnet8"))
-        settle(generator, teacher, student, [torch.randn(min(batch, 64), nz) for _ in range(4)])
+        generator = generators.generator("g_fast", nz, shape).to(plan.device)
+        built = (models.build(name, classes=CLASSES, channels=3, input_size=size) for name in ("resnet20", "resnet8"))
+        teacher, student = (net.to(plan.device) for net in built)
+        settle(generator, teacher, student, [torch.randn(min(batch, 64), nz).to(plan.device) for _ in range(4)])
         z, labels = torch.randn(batch, nz), torch.randint(CLASSES, (batch,))
-    nets = [m.to(plan.device) for m in (generator, teacher, student)]
-    return Setting(*nets, z.to(plan.device).requires_grad_(), labels.to(plan.device))
+    return Setting(generator, teacher, student, z.to(plan.device).requires_grad_(), labels.to(plan.device))
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Replay: a batch out of an image store (gather, crop, flip, normalise; the same 256 rows in every call), and prioritised draws.
 
-On a CPU with several threads the cases also run with one.
+On a CPU with several threads the cases also run with one; on a GPU there is a batch that fills the chip, and each op of the tree alone.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from fastkd import ops
 from fastkd.ops.replay.reference import replay_gather_ref
 
 from . import _png, _replay_tree, peers
-from ._case import Case, Plan, Provider, compiled, ours, provider
+from ._case import Call, CannotRun, Case, Plan, Provider, compiled, ours, provider
 from ._timing import measure_all
 
 OP = "replay_gather"
 STORES = [(50_000, 32, 256), (4_096, 112, 256)]
 """Images, height and width, batch."""
+FULL = (20_000, 112, 2048)
 TINY = [(64, 12, 8)]
 PAD = 4
 
@@ -31,9 +32,12 @@ def run(plan: Plan) -> list[dict[str, Any]]:
 
 
 def cases(plan: Plan) -> Iterator[Case]:
+    if plan.cuda:
+        yield from on_gpu(plan)
+        return
     threads = torch.get_num_threads()
     try:
-        for count in dict.fromkeys((threads,) if plan.cuda or plan.quick else (1, threads)):
+        for count in dict.fromkeys((threads,) if plan.quick else (1, threads)):
             torch.set_num_threads(count)
             for last in (True, False) if count == threads else (True,):
                 for store in TINY if plan.quick else STORES:
@@ -44,22 +48,35 @@ def cases(plan: Plan) -> Iterator[Case]:
         torch.set_num_threads(threads)
 
 
+def on_gpu(plan: Plan) -> Iterator[Case]:
+    bf16 = torch.bfloat16
+    yield case(plan, *(TINY[0] if plan.quick else FULL), True, files=False, dtype=bf16, full=True)
+    yield from _replay_tree.cases(plan)
+    yield from _replay_tree.alone(plan)
+    for store in () if plan.quick else STORES:
+        yield case(plan, *store, True, files=False, dtype=bf16)
+    if not plan.quick:
+        yield case(plan, *FULL, False, files=False, full=True)
+
+
 def _labelled(made: Case, threads: int) -> Case:
     made.labels["threads"] = str(threads)
     return made
 
 
-def case(plan: Plan, n: int, size: int, batch: int, last: bool, *, files: bool) -> Case:
-    draw = torch.Generator().manual_seed(6)
+def case(
+    plan: Plan, n: int, size: int, batch: int, last: bool, *, files: bool, dtype: torch.dtype = torch.float32, full: bool = False
+) -> Case:
+    draw = torch.Generator(plan.device).manual_seed(6)
 
-    def integers(high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=draw)
+    def integers(high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.randint(high, shape, generator=draw, device=plan.device, dtype=dtype)
 
-    images = integers(256, n, size, size, 3).to(plan.device, torch.uint8)
-    index, dy, dx = (v.to(plan.device) for v in (integers(n, batch), integers(2 * PAD + 1, batch), integers(2 * PAD + 1, batch)))
-    flip = integers(2, batch).bool().to(plan.device)
+    images = integers(256, n, size, size, 3, dtype=torch.uint8)
+    index, dy, dx = integers(n, batch), integers(2 * PAD + 1, batch), integers(2 * PAD + 1, batch)
+    flip = integers(2, batch).bool()
     mean, std = torch.tensor([0.49, 0.48, 0.44], device=plan.device), torch.tensor([0.25, 0.24, 0.26], device=plan.device)
-    args = (images, index, dy, dx, flip, PAD, mean, std, None, "bilinear", last, torch.float32)
+    args = (images, index, dy, dx, flip, PAD, mean, std, None, "bilinear", last, dtype)
     where = list(zip(index.tolist(), dy.tolist(), dx.tolist(), flip.tolist()))
 
     def slices() -> tuple[Tensor]:
@@ -69,12 +86,17 @@ def case(plan: Plan, n: int, size: int, batch: int, last: bool, *, files: bool) 
             image = F.pad(images[i].permute(2, 0, 1).float().div(255), (PAD, PAD, PAD, PAD))
             image = image[:, top : top + size, left : left + size]
             out.append(image.flip(2) if mirrored else image)
-        return (((torch.stack(out) - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)),)
+        return (((torch.stack(out) - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)).to(dtype),)
+
+    def one_by_one() -> Call:
+        if full:
+            raise CannotRun(f"a loop over {batch} images")
+        return slices
 
     def public() -> tuple[Tensor]:
         memory = torch.channels_last if last else torch.contiguous_format
         options = {"dy": dy, "dx": dx, "flip": flip, "pad": PAD, "mean": mean, "std": std}
-        return (ops.replay_gather(images, index, **options, memory_format=memory, dtype=torch.float32),)
+        return (ops.replay_gather(images, index, **options, memory_format=memory, dtype=dtype),)
 
     def of(fn: Any) -> Any:
         return lambda: (fn(*args),)
@@ -89,10 +111,15 @@ def case(plan: Plan, n: int, size: int, batch: int, last: bool, *, files: bool) 
     layout = "channels_last" if last else "NCHW"
     return Case(
         op=OP,
-        labels={"case": f"{n} images", "shape": f"{batch}x3x{size}x{size}", "layout": layout, "dtype": "uint8 to float32"},
+        labels={
+            "case": f"{n} images{', full' if full else ''}",
+            "shape": f"{batch}x3x{size}x{size}",
+            "layout": layout,
+            "dtype": f"uint8 to {str(dtype)[6:]}",
+        },
         providers=[
             Provider("advanced indexing", "eager", of(replay_gather_ref)),
-            Provider("slice loop", "eager", slices),
+            provider("slice loop", "eager", one_by_one),
             provider("compile(advanced indexing)", "compile", lambda: of(compiled(plan, replay_gather_ref))),
             *ours(OP, plan, public, definition=False),
             provider("cpprb sample", "peer", lambda: peers.cpprb(images, batch, mean, std), checked=False),
@@ -101,6 +128,6 @@ def case(plan: Plan, n: int, size: int, batch: int, last: bool, *, files: bool) 
         ],
         truth=lambda: (replay_gather_ref(*args[:-1], torch.float64),),
         baseline="advanced indexing",
-        tolerance=1e-6,
-        bytes=batch * size * size * 3 * (1 + 4),  # reads bytes, writes floats
+        tolerance=1e-6 if dtype == torch.float32 else None,
+        bytes=batch * size * size * 3 * (1 + dtype.itemsize),  # reads bytes, writes floats
     )

@@ -1,7 +1,8 @@
 """Every registered method on the embedded digits teacher: milliseconds a step by kind, and where an epoch's time goes.
 
 The steps are the engine's: `assemble.make_job` makes the run, `method.steps` walks it, with the engine's draws and precision.
-Epoch 0 is warm-up; then the backends take turns, an epoch each. On a CPU with the largest of the plan's thread counts.
+Epoch 0 is warm-up; then the backends take turns, an epoch each: three, on a GPU one. On a CPU with the largest of the plan's thread
+counts.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def settings(name: str, plan: Plan, epochs: int) -> dict[str, Any]:
 
 def bench(name: str, plan: Plan) -> list[dict[str, Any]]:
     """Rows of one method: a phase or a kind of step each, for each backend."""
-    epochs = 1 if plan.quick else 3
-    wanted = ["reference", "auto", *(["triton"] if plan.cuda else [])]
+    epochs = 1 if plan.quick or plan.cuda else 3
+    wanted = ["reference", "auto"]
     if plan.swap:
         wanted.reverse()
     rows: list[dict[str, Any]] = []

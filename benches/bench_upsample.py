@@ -3,6 +3,7 @@
 A stage is nearest doubling, 3x3 convolution, BatchNorm over the batch, LeakyReLU. Its rungs have rows of their own, so that each gain
 has its name: the identity alone (doubling and convolution as one transposed convolution, stock torch), the identity compiled with
 BatchNorm and activation, and the identity with our BatchNorm. bf16 is measured in channels_last, where convolutions in bf16 are fast.
+On a GPU there are larger batches, and BatchNorm with its activation alone on a tensor that fills the chip.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from ._timing import measure_all
 FAST = [(256, 128, 8, 128), (256, 128, 16, 64)]
 DEEP = [(8, 64, 28, 64), (4, 64, 56, 64)]
 """Batch, channels in, height and width, channels out: the two stages of g_fast for 32x32, and the last two of an ImageNet generator."""
+FULL = (64, 64, 112, 112)
+"""Input of a BatchNorm that fills a GPU."""
 TINY = [(4, 8, 4, 8)]
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 SECONDS = 5.0
@@ -40,6 +43,11 @@ def run(plan: Plan) -> list[dict[str, Any]]:
 
 
 def cases(plan: Plan) -> Iterator[Case]:
+    if plan.cuda and not plan.quick:
+        yield from on_gpu(plan)
+        return
+    if plan.cuda:
+        yield normed(plan, (2, 8, 6, 6), "NCHW", torch.float32)
     for shape in TINY if plan.quick else FAST:
         for layout in LAYOUTS:
             yield stage(plan, shape, layout, torch.float32)
@@ -48,8 +56,25 @@ def cases(plan: Plan) -> Iterator[Case]:
         yield stage(plan, shape, "channels_last", torch.float32)
     for layout in LAYOUTS:
         yield convolution(plan, (TINY if plan.quick else FAST)[0], layout, torch.float32)
-        yield doubled_tanh(plan, (2, 3, 8) if plan.quick else (64, 3, 56), layout)
+        yield doubled_tanh(plan, (2, 3, 8) if plan.quick else (64, 3, 56), layout, torch.float32)
     yield stem(plan, (2, 3, 8, 4) if plan.quick else (16, 3, 56, 64), "channels_last")
+
+
+def on_gpu(plan: Plan) -> Iterator[Case]:
+    fp32, bf16, last = torch.float32, torch.bfloat16, "channels_last"
+    yield stage(plan, FAST[1], last, bf16)
+    for layout in (last, "NCHW"):
+        yield normed(plan, FULL, layout, bf16)
+        yield doubled_tanh(plan, (512, 3, 112), layout, bf16)
+    yield stage(plan, FAST[0], last, bf16)
+    yield stage(plan, FAST[1], last, fp32)
+    yield normed(plan, FULL, last, fp32)
+    for _, c_in, hw, c_out in reversed(DEEP):
+        yield stage(plan, (64, c_in, hw, c_out), last, bf16)
+    yield stage(plan, FAST[0], "NCHW", fp32)
+    yield doubled_tanh(plan, (512, 3, 112), "NCHW", fp32)
+    yield convolution(plan, FAST[0], last, bf16)
+    yield stem(plan, (256, 3, 56, 64), last)
 
 
 Inputs = tuple[Tensor, ...]
@@ -61,7 +86,8 @@ def case(
     """A case whose calls give the result and the gradients of `inputs`, for an incoming gradient that is not ones."""
     x = inputs[0]
     layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] > 1 else torch.contiguous_format
-    gy = torch.randn(*out, generator=torch.Generator().manual_seed(5)).to(x.device, x.dtype).contiguous(memory_format=layout)
+    draw = torch.Generator(x.device).manual_seed(5)
+    gy = torch.randn(*out, generator=draw, device=x.device).to(x.dtype).contiguous(memory_format=layout)
     exact = tuple(v.detach().double().requires_grad_() for v in inputs)
 
     def both(fn: Callable[..., Tensor], inputs: Inputs = inputs, gy: Tensor = gy) -> Call:
@@ -76,10 +102,10 @@ def case(
 
 
 def drawn(plan: Plan, layout: str, dtype: torch.dtype) -> Callable[..., Tensor]:
-    draw = torch.Generator().manual_seed(4)
+    draw = torch.Generator(plan.device).manual_seed(4)
 
     def make(*size: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
-        v = (torch.randn(*size, generator=draw) * scale + shift).to(plan.device, dtype)
+        v = (torch.randn(*size, generator=draw, device=plan.device) * scale + shift).to(dtype)
         return (v.contiguous(memory_format=LAYOUTS[layout]) if v.dim() == 4 else v).requires_grad_()
 
     return make
@@ -129,6 +155,34 @@ def flops(taps: int, x: Tensor, c_out: int) -> int:
     return 3 * 2 * taps * x.numel() * c_out
 
 
+def normed(plan: Plan, shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype) -> Case:
+    """BatchNorm and activation without the convolution, on a GPU: what the kernels reach, CUDA beside Triton."""
+    vector = drawn(plan, layout, torch.float32)
+    x, c = drawn(plan, layout, dtype)(*shape), shape[1]
+    inputs = x, vector(c, scale=0.2, shift=1.0), vector(c, scale=0.2)
+    mean, var = torch.zeros(c, device=plan.device), torch.ones(c, device=plan.device)
+
+    def published(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        running = (mean, var) if x.dtype != torch.float64 else (None, None)
+        return F.leaky_relu(F.batch_norm(x, *running, gamma, beta, True), 0.2)
+
+    def fused(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        return ops.batch_norm_act(x, mean, var, gamma, beta, act="leaky_relu", slope=0.2)
+
+    def rows(both: Callable[..., Call]) -> list[Provider]:
+        return [
+            Provider("batch_norm, leaky_relu", "eager", both(published)),
+            provider("compile(batch_norm, leaky_relu)", "compile", lambda: both(compiled(plan, published))),
+            *ours("batch_norm_act", plan, both(fused), definition=False),
+        ]
+
+    return case(
+        "batch_norm_act", labels("BN + act alone", x, layout), inputs, shape, rows, published,
+        tolerance=1e-3 if dtype == torch.float32 else 3e-2,
+        bytes=8 * x.numel() * x.element_size(),  # reads x twice, writes y; reads x and gy twice, writes dx
+    )  # fmt: skip
+
+
 # Its parts and neighbours --------------------------------------------------------------------------------------------------------
 
 
@@ -148,7 +202,7 @@ def convolution(plan: Plan, shape: tuple[int, int, int, int], layout: str, dtype
     name = f"conv {c_in} to {c_out}"
     return case(
         "upsample_conv2d", labels(name, inputs[0], layout), inputs, (n, c_out, 2 * hw, 2 * hw), rows, upsample_conv2d_ref,
-        tolerance=1e-4, flops=flops(16, inputs[0], c_out),
+        tolerance=1e-4 if dtype == torch.float32 else None, flops=flops(16, inputs[0], c_out),
     )  # fmt: skip
 
 
@@ -175,9 +229,9 @@ def stem(plan: Plan, shape: tuple[int, int, int, int], layout: str) -> Case:
     )  # fmt: skip
 
 
-def doubled_tanh(plan: Plan, shape: tuple[int, int, int], layout: str) -> Case:
+def doubled_tanh(plan: Plan, shape: tuple[int, int, int], layout: str, dtype: torch.dtype) -> Case:
     n, c, hw = shape
-    x = drawn(plan, layout, torch.float32)(n, c, hw, hw)
+    x = drawn(plan, layout, dtype)(n, c, hw, hw)
     scale, bias = (v.detach() for v in (drawn(plan, layout, torch.float32)(2, c)))
 
     def published(x: Tensor) -> Tensor:

@@ -65,13 +65,33 @@ def _error(a: Tensor, t: Tensor) -> float:
     return float((a.double() - t.double()).norm() / t.double().norm().clamp_min(1e-300))
 
 
+class DeviceLost(Exception):
+    """A kernel broke the process's GPU context (an illegal address, a failed assertion): nothing more can be measured in it."""
+
+    def __init__(self, backend: str, why: str):
+        super().__init__(f"backend {backend}: {why}")
+        self.backend = backend
+
+
 def attempt(call: Callable[[], Sequence[Tensor]], backend: str) -> tuple[Sequence[Tensor] | None, str]:
-    """Outputs of one call under a backend, or the reason why there are none. Convolutions round as fp32: TF32 is for the clock."""
+    """Outputs of one call under a backend, or the reason why there are none. Convolutions round as fp32: TF32 is for the clock.
+
+    Raises:
+      DeviceLost: the GPU cannot be used any more.
+    """
     try:
         ops.use(backend)
         with no_tf32():
-            return call(), ""
+            outputs = call()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()  # what goes wrong on the GPU belongs to this call
+            return outputs, ""
     except Exception as error:  # whatever keeps a provider from running is its row's reason
+        if torch.cuda.is_initialized():
+            try:
+                torch.cuda.synchronize()
+            except Exception:
+                raise DeviceLost(backend, one_line(error)) from error
         return None, one_line(error)
 
 

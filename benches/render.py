@@ -1,4 +1,4 @@
-"""Writes docs/performance.md from the records under benches/results/: `python -m benches.render [--check]`.
+"""Writes docs/performance.md from the records under benches/results/: `python -m benches.render [--check | --show DIR]`.
 
 No figure of the page is typed by hand; a test renders it again and compares.
 """
@@ -41,7 +41,11 @@ Records = dict[str, dict[str, Any]]
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benches.render", description="Write docs/performance.md from the records.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is not what the records say")
+    parser.add_argument("--show", type=Path, metavar="DIR", help="write nothing; print the tables of the records in this folder")
     options = parser.parse_args(argv)
+    if options.show is not None:
+        print(section(options.show.resolve().name, records(options.show)))
+        return 0
     made = page(RESULTS)
     if options.check:
         if made != PAGE.read_text(encoding="utf-8"):
@@ -96,6 +100,8 @@ def section(name: str, own: Records) -> str:
     for bench, record in own.items():
         if bench not in ("generator", "step") and (rows := list(cases(record["rows"]))):
             parts += [f"\n### Kernels: {bench}\n", table(CASES, rows)]
+            if alone := list(in_graphs(record["rows"])):
+                parts += [f"\n### Kernels without their launches (replayed from CUDA graphs): {bench}\n", table(GRAPHS, alone)]
     if "step" in own:
         parts += ["\n### Steps of the methods\n", *steps(own["step"])]
     return "\n".join(parts) + "\n"
@@ -152,10 +158,32 @@ def cases(rows: Sequence[Row]) -> Iterator[list[str]]:
         eager = next((r for r in own if r["kind"] == "eager" and "x_eager" in r and r["x_eager"] == 1), None)
         best = fastest(r for r in own if r["kind"] == "compile")
         peers = [f"{r['provider']} {r['ms'] / mine['ms']:.1f}x" for r in own if r["kind"] == "peer" and "ms" in r]
-        share = f"{100 * mine['of_copy']:.0f} %" if "of_copy" in mine else ""
         name = " ".join(str(v) for v in key[:-1] if v)
         times = [time_of(eager), time_of(best), f"{time_of(mine)} ({mine['provider'].removeprefix('ours: ')})"]
-        yield [name, str(key[-1] or ""), *times, ratio(mine.get("x_eager")), ratio(mine.get("x_compile")), share, ", ".join(peers)]
+        gains = [ratio(mine.get("x_eager")), ratio(mine.get("x_compile")), share(mine.get("of_copy"))]
+        yield [name, str(key[-1] or ""), *times, *gains, ", ".join(peers)]
+
+
+GRAPHS = ["case", "eager ms", "compile ms", "CUDA ms", "Triton ms", "CUDA over Triton", "GB/s", "of a copy"]
+
+
+def in_graphs(rows: Sequence[Row]) -> Iterator[list[str]]:
+    """One line a case that has times from CUDA graphs and kernels of ours; rates are those of the faster kernel."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for r in rows:
+        if "graph_ms" in r and r.get("ok") is not False:
+            groups.setdefault(tuple(r.get(k) for k in LABELS), []).append(r)
+    for key, own in groups.items():
+        by = {r["provider"]: r for r in own}
+        pair = [by[name] for name in ("ours: cuda", "ours: triton") if name in by]
+        if not pair:
+            continue
+        eager = next((r for r in own if r["kind"] == "eager" and r.get("x_eager") == 1), None)
+        best = min((r for r in own if r["kind"] == "compile"), key=lambda r: float(r["graph_ms"]), default=None)
+        times = [f"{r['graph_ms']:.4g}" if r else "" for r in (eager, best, by.get("ours: cuda"), by.get("ours: triton"))]
+        mine = min(pair, key=lambda r: float(r["graph_ms"]))
+        rates = [f"{mine['graph_gbps']:.0f}" if "graph_gbps" in mine else "", share(mine.get("graph_of_copy"))]
+        yield [" ".join(str(v) for v in key if v), *times, ratio(pair[0].get("graph_x_triton")), *rates]
 
 
 def steps(record: dict[str, Any]) -> Iterator[str]:
@@ -181,6 +209,10 @@ def time_of(row: Row | None) -> str:
 
 def ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}x"
+
+
+def share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.0f} %"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

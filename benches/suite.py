@@ -24,10 +24,12 @@ from ._case import Plan
 from ._timing import copy_rate
 from .facts import facts
 
-WRONG, SLOWER = 1, 8
-"""Exit codes: an op is wrong or a bench broke; slower than the baseline."""
-LEAST_SECONDS = 10
+WRONG, SLOWER, LOST = 1, 8, 9
+"""Exit codes: an op is wrong or a bench broke; slower than the baseline; a kernel broke the GPU context, so nothing more was measured."""
+LEAST_SECONDS = 5
 """With less than this left of a budget, no further bench begins."""
+SHARES = {"bn_match": 52, "upsample": 34, "generator": 26, "replay": 14, "cam": 22, "step": 12}
+"""How a budget is divided: a bench gets its share of what the earlier ones left over."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Request:
     Attributes:
       out: folder for one JSON a bench; None: none is written. only: these benches; () all.
       device, compile, threads: None: a GPU where there is one; not for `quick`; one and all cores on a CPU.
-      seconds: budget of the whole run. baseline: older record, or a folder of them, to compare with.
+      seconds: budget of the whole run. baseline: older record, or a folder of them, to compare with. without: backends to leave out.
     """
 
     out: Path | None = None
@@ -50,6 +52,7 @@ class Request:
     threads: tuple[int, ...] | None = None
     seconds: float | None = None
     baseline: Path | None = None
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,12 +85,19 @@ def run(request: Request, say: Callable[[str], None] = print) -> Result:
     modules = {name: module_of(name) for name in BENCHES}
     say(f"fastkd {about['fastkd']}, torch {about['torch']}, {about['host']['cpu'] if not plan.cuda else about['device']}, "
         f"threads: {about['threads']}")  # fmt: skip
-    gated = gate(plan, modules, names, say)
-    plan.wrong = check.wrong(gated)
     plan.copy_gbps = about["copy_gbps"] = round(copy_rate(plan), 2)
-    records = {}
-    for name in names:
-        records[name] = bench(name, modules[name], plan, about, gated, request.out)
+    records: dict[str, dict[str, Any]] = {}
+    lost = ""
+    try:
+        gated = gate(plan, modules, names, say)
+    except check.DeviceLost as error:
+        gated, lost = [], f"the gate broke the GPU context: {error}"
+        say(f"WRONG  {lost}")
+    plan.wrong = check.wrong(gated)
+    for i, name in enumerate(names):
+        own = dataclasses.replace(plan, deadline=share(plan.deadline, names[i:]))
+        records[name] = bench(name, modules[name], own, about, gated, request.out, lost)
+        lost = records[name].get("lost", "")
         for line in tables.bench_lines(name, records[name]):
             say(line)
     held = [t for t in targets.of(plan.device.type) if t.bench in records]
@@ -97,7 +107,15 @@ def run(request: Request, say: Callable[[str], None] = print) -> Result:
         say(line)
     behind = compare(older, records, say)
     broken = bool(plan.wrong) or any("error" in r or wrong_rows(r) for r in records.values()) or any(v.status == "wrong" for v in found)
-    return Result(records, head, lines, behind, WRONG if broken else SLOWER if behind else 0)
+    return Result(records, head, lines, behind, LOST if lost else WRONG if broken else SLOWER if behind else 0)
+
+
+def share(deadline: float | None, names: Sequence[str]) -> float | None:
+    """When the first of the benches that are still to run has to end, so that the others have their shares."""
+    if deadline is None:
+        return None
+    now = time.monotonic()
+    return now + (deadline - now) * SHARES[names[0]] / sum(SHARES[n] for n in names)
 
 
 def module_of(name: str) -> Any:
@@ -125,7 +143,8 @@ def plan_of(request: Request) -> Plan:
     compiling = not request.quick if request.compile is None else request.compile
     deadline = None if request.seconds is None else time.monotonic() + request.seconds
     graphs = request.graphs and not request.quick
-    return Plan(device, request.quick, request.swap, compiling, graphs, () if device.type == "cuda" else counts, deadline=deadline)
+    counts = () if device.type == "cuda" else counts
+    return Plan(device, request.quick, request.swap, compiling, graphs, counts, without=request.without, deadline=deadline)
 
 
 def wanted(only: Sequence[str]) -> list[str]:
@@ -136,8 +155,13 @@ def wanted(only: Sequence[str]) -> list[str]:
     return [name for name in BENCHES if not only or name in only]
 
 
-def bench(name: str, module: Any, plan: Plan, about: dict[str, Any], gated: list[dict[str, Any]], out: Path | None) -> dict[str, Any]:
-    """Run one bench. Its record is on disk after every case, so that what is measured stays if the run is cut off."""
+def bench(
+    name: str, module: Any, plan: Plan, about: dict[str, Any], gated: list[dict[str, Any]], out: Path | None, lost: str = ""
+) -> dict[str, Any]:
+    """Run one bench. Its record is on disk after every case, so that what is measured stays if the run is cut off.
+
+    `lost` says why there is no GPU any more; the record of a bench that loses it has the field too.
+    """
     began = time.monotonic()
     record: dict[str, Any] = {"bench": name, "complete": False, "seconds": 0.0, "facts": about, "gate": gated, "rows": []}
 
@@ -146,6 +170,10 @@ def bench(name: str, module: Any, plan: Plan, about: dict[str, Any], gated: list
         if out is not None:
             write(out / f"{name}.json", record)
 
+    if lost:
+        record["error"] = record["lost"] = lost
+        keep([])
+        return record
     if plan.deadline is not None and plan.deadline - began < LEAST_SECONDS:
         record["skipped"] = "no time was left for it"
         keep([])
@@ -154,6 +182,9 @@ def bench(name: str, module: Any, plan: Plan, about: dict[str, Any], gated: list
         rows = module.run(dataclasses.replace(plan, progress=keep))
         record["complete"] = not plan.late
         keep(rows)
+    except check.DeviceLost as error:
+        record["error"] = record["lost"] = f"the bench {name} broke the GPU context: {error}"
+        keep(record["rows"])
     except Exception as error:  # the other benches still run; the record says what happened
         record["error"] = check.one_line(error)
         keep(record["rows"])

@@ -44,6 +44,6 @@ def cell(key: str, value: Any) -> str:
         return ""
     if key == "ok":
         return "yes" if value else "WRONG"
-    if key in ("share", "of_copy", "collectives"):
+    if key in ("share", "of_copy", "graph_of_copy", "collectives"):
         return f"{100 * value:.1f} %"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

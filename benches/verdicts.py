@@ -93,7 +93,7 @@ def _case(target: Target, rows: list[Row], facts: dict[str, Any]) -> _Found:
     if own.get("ok") is False:
         return _Found("wrong", reason=str(own.get("check", "")))
     if not target.rivals:
-        share = own.get("of_copy")
+        share = own.get("graph_of_copy", own.get("of_copy")) if target.graph else own.get("of_copy")
         if share is None:
             return _Found("not run", reason="no byte count for this case")
         return _Found("met" if share >= target.least else "short", share, ms=own["ms"])
@@ -102,14 +102,16 @@ def _case(target: Target, rows: list[Row], facts: dict[str, Any]) -> _Found:
     if not timed:
         why = next((r.get("reason") or r.get("check") for r in named), None)
         return _Found("not run", reason=str(why or f"no row '{target.rivals[0]}'"), ms=own["ms"])
-    rival = min(timed, key=lambda r: r["ms"])
-    theirs = rival["ms"]
+    in_graphs = target.graph and all("graph_ms" in r for r in (own, *timed))
+    ms = "graph_ms" if in_graphs else "ms"
+    rival = min(timed, key=lambda r: r[ms])
+    theirs = rival[ms]
     if target.less:
         base = next((r for r in rows if r["provider"] == target.less and "ms" in r), None)
         if base is None:
             return _Found("not run", reason=f"no row '{target.less}'", ms=own["ms"])
-        theirs -= base["ms"]
-    value = theirs / own["ms"]
+        theirs -= base[ms]
+    value = theirs / own[ms]
     met = value >= target.least or (target.even and own["p20"] <= rival["p80"])
     return _Found("met" if met else "short", value, ms=own["ms"])
 

@@ -27,6 +27,7 @@ from fastkd.errors import PlaceError
 )
 @click.option("--compile/--no-compile", default=None, help="torch.compile rows. Default: yes, but for --quick.")
 @click.option("--graphs/--no-graphs", default=True, show_default=True, help="On a GPU, times inside CUDA graphs too.")
+@click.option("--without", multiple=True, type=click.Choice(("cuda", "triton", "cpp")), help="Leave this backend out; may be given again.")
 @click.option("--seconds", metavar="S", type=click.FloatRange(min=0), help="Budget: what does not fit is skipped, and its row says so.")
 @click.option(
     "--baseline",

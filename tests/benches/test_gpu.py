@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benches import BENCHES, gpu
+from benches import BENCHES, gpu, suite
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 
@@ -37,6 +37,14 @@ def test_a_stage_ends_with_the_budget(tmp_path: Path):
     assert results(tmp_path) == ["skipped: no time is left"]
 
 
+def test_an_interrupted_stage_has_a_grace_in_which_it_may_speak(tmp_path: Path):
+    """As pytest does: its failures so far are worth more than the time."""
+    said = tmp_path / "said"
+    program = f"import pathlib, time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: pathlib.Path({str(said)!r}).write_text('failures')"
+    assert not log(tmp_path, 60).stage("tests", 2, [sys.executable, "-c", program])
+    assert said.read_text() == "failures"
+
+
 def test_a_stage_says_how_it_ended(tmp_path: Path):
     own = log(tmp_path, 60)
     assert own.stage("good", 60, [sys.executable, "-c", ""]) and not own.stage("bad", 60, [sys.executable, "-c", "raise SystemExit(3)"])
@@ -49,10 +57,39 @@ def test_a_build_that_fails_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_benches_that_do_not_fit_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    ran = []
+    ran: list[str] = []
     monkeypatch.setattr(gpu.Log, "stage", lambda self, name, *a, **k: ran.append(name) or True)
     assert gpu.stages(log(tmp_path, gpu.LEAST - 1), None, dry=True) == 0
     assert ran == ["build", "info", "tests"] and len(results(tmp_path)) == len(BENCHES) and "skipped" in results(tmp_path)[0]
+
+
+def test_only_what_is_named_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ran: list[list[str]] = []
+    monkeypatch.setattr(gpu.Log, "stage", lambda self, name, limit, command, **k: ran.append([name, *map(str, command)]) or True)
+    monkeypatch.setattr(gpu, "landed", lambda *a: True)
+    assert gpu.stages(log(tmp_path, 300), None, dry=True, only=("cam", "replay"), built=True) == 0
+    assert [words[0] for words in ran] == ["info", "benches"]
+    assert [w for w, before in zip(ran[1][1:], ran[1]) if before == "--only"] == ["replay", "cam"]
+
+
+def test_a_backend_that_breaks_the_gpu_is_left_out_of_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ran: list[list[str]] = []
+
+    def stage(self, name, limit, command, **more):
+        ran.append([str(w) for w in command])
+        for bench in ("replay", "cam"):
+            why = {"lost": "the bench replay broke the GPU context: backend cuda: an illegal address"} if len(ran) == 1 else {}
+            (tmp_path / f"{bench}.json").write_text(json.dumps({"rows": [{"ms": 1}], **why}))
+        return True
+
+    monkeypatch.setattr(gpu.Log, "stage", stage)
+    assert gpu.measured(log(tmp_path, 300), False, ["replay", "cam"], {})
+    assert len(ran) == 2 and "--without" not in ran[0] and ran[1][ran[1].index("--without") + 1] == "cuda"
+
+
+def test_the_files_of_the_gpu_tests_are_those_that_have_some():
+    files = gpu.gpu_tests()
+    assert "tests/ops/test_gpu.py" in files and "tests/ops/test_cam.py" in files and "tests/test_config.py" not in files
 
 
 def test_a_bench_without_a_record_fails(tmp_path: Path):
@@ -64,9 +101,9 @@ def test_a_bench_without_a_record_fails(tmp_path: Path):
     assert gpu.landed(own, "cam")
 
 
-def test_shares_fit_the_budget_and_the_files_fit_eight():
-    assert set(gpu.SHARES) == set(BENCHES) and len(BENCHES) + len(("info.txt", "stages.json")) <= 8
-    assert sum(gpu.SHARES.values()) < gpu.BUDGET <= 540
+def test_shares_cover_the_benches_and_the_files_fit_eight():
+    assert set(suite.SHARES) == set(BENCHES) and len(BENCHES) + len(("tests.txt", "stages.json")) <= 8
+    assert sum(suite.SHARES.values()) == gpu.BENCHING < gpu.BUDGET <= 540
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

@@ -42,6 +42,18 @@ def test_a_device_with_records(tmp_path: Path):
     assert "10.00x" in page and "1 (cpp)" in page and "revision abc" in page
 
 
+def test_kernels_stand_beside_their_twins_without_launches(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = [
+        row("hooks", 10.0, "eager", x_eager=1.0, graph_ms=8.0),
+        row("compile(definition)", 4.0, "compile", graph_ms=3.0),
+        row("ours: cuda", 1.0, graph_ms=0.5, graph_gbps=2500.0, graph_of_copy=0.9, graph_x_triton=1.2),
+        row("ours: triton", 1.1, graph_ms=0.6, graph_gbps=2100.0),
+    ]
+    folder = put(tmp_path / "gpu" / "h200", record(rows)) / "h200"
+    assert render.main(["--show", str(folder)]) == 0
+    assert "| 8 | 3 | 0.5 | 0.6 | 1.20x | 2500 | 90 % |" in capsys.readouterr().out
+
+
 def test_without_records_the_page_claims_nothing(tmp_path: Path):
     page = render.page(tmp_path)
     assert "CPU: not measured yet" in page and "met:" not in page and "short:" not in page and " ms" not in page

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benches import BENCHES, __main__, baseline, suite
+from benches import BENCHES, __main__, baseline, check, suite
 from benches._case import CannotRun, Case, Provider, provider
 from benches._timing import measure_all
 from benches.suite import Request
@@ -115,6 +115,23 @@ def test_what_is_measured_is_on_disk_when_a_bench_breaks(only, tmp_path: Path):
     found = suite.bench("cam", made, plan, {"type": "cpu"}, [], tmp_path)
     assert found["error"] == "RuntimeError: no memory" and json.loads((tmp_path / "cam.json").read_text()) == found
     assert {r["case"] for r in found["rows"]} == {"first"} and not found["complete"]
+
+
+def test_a_bench_that_loses_the_gpu_ends_the_measuring(only, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def run(plan):
+        raise check.DeviceLost("cuda", "an illegal address")
+
+    monkeypatch.setattr(suite, "module_of", lambda name: types.SimpleNamespace(run=run))
+    result = suite.run(quick(out=tmp_path, only=("replay", "cam")), lambda line: None)
+    assert result.code == suite.LOST
+    assert all("backend cuda: an illegal address" in json.loads((tmp_path / f"{n}.json").read_text())["lost"] for n in ("replay", "cam"))
+
+
+def test_a_budget_is_divided_by_the_shares(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(suite.time, "monotonic", lambda: 100.0)
+    assert suite.share(None, ["cam"]) is None and suite.share(160.0, ["cam"]) == 160.0
+    first = suite.share(100.0 + sum(suite.SHARES.values()), BENCHES)
+    assert first == pytest.approx(100.0 + suite.SHARES[BENCHES[0]])
 
 
 def test_baseline(only, tmp_path: Path):

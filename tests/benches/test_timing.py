@@ -56,6 +56,20 @@ def test_each_thread_count_is_measured_and_seen_by_the_provider():
     assert "threads" not in _timing.measure(case, CPU)[0]
 
 
+def test_kernels_are_compared_without_their_launches_too():
+    rows = [row("published", 9.0, "eager", graph_ms=4.0), row("ours: triton", 3.0, graph_ms=2.0), row("ours: cuda", 2.0, graph_ms=1.0)]
+    _timing.ratios("published", rows)
+    assert [r["graph_x_eager"] for r in rows] == [1, 2, 4] and "x_triton" not in rows[1]
+    assert (rows[2]["x_triton"], rows[2]["graph_x_triton"]) == (1.5, 2)
+
+
+def test_a_backend_that_is_left_out_says_so():
+    from benches._case import backends
+
+    left = Plan(torch.device("cpu"), quick=True, compile=False, without=("cpp",))
+    assert "--without" in {name: why for name, _, why in backends("bn_sums", left)}["ours: cpp"]
+
+
 def test_swapped_rows_have_the_same_ratios():
     case = Case("an_op", {}, [], lambda: (), "a")
     case.providers = [Provider(name, "eager", lambda: (torch.ones(2),), rung=name) for name in ("a", "b")]

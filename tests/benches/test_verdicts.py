@@ -96,6 +96,15 @@ def test_a_kernel_that_loses_to_its_twin_is_named():
     assert status(twin, *rows) == ("short", "short: 1.05x of 1.1x: delete the CUDA kernel")
 
 
+def test_kernels_are_judged_without_their_launches():
+    twin = next(t for t in targets.GPU if t.against == "its Triton twin")
+    rows = [row("ours: cuda", 1.0, op=twin.where["op"], case="single op", graph_ms=0.5)]
+    rows += [row("ours: triton", 1.0, op=twin.where["op"], case="single op", graph_ms=0.8)]
+    assert status(twin, *rows) == ("met", "met: 1.60x")
+    share = Target("a row", "a copy", "bn_match", {}, 0.85, graph=True)
+    assert status(share, row("ours: cpp", 1.0, of_copy=0.6, graph_of_copy=0.9)) == ("met", "met: 90 %")
+
+
 def test_two_threads_beside_one():
     rows = [row("hooks", 10.0, "eager"), row("ours: cpp", 1.0)]
     rows += [r | {"threads": 2, "ms": r["ms"] / 2} for r in rows]
