@@ -58,7 +58,7 @@ def of_machine() -> dict[str, Any]:
         "fastkd": fastkd.__version__, "package": str(package), "python": platform.python_version(), "platform": platform.platform(),
         "torch": torch.__version__, "cuda": torch.version.cuda, "threads": torch.get_num_threads(), "cores": os.cpu_count(),
         "gpus": [gpu(i) for i in range(torch.cuda.device_count())],
-        "compiled": compiled(), "packages": {name: version(name) for name in NEEDED},
+        "launcher": launcher(), "compiled": compiled(), "packages": {name: version(name) for name in NEEDED},
         "optional": {name: importable(name, module) for name, module in OPTIONAL.items()},
         "ops": [{"op": op, "device": device, "backend": chosen, "why": reasons} for op, device, chosen, reasons in ops.table()],
         "disk_free": disk.free, "shared_memory": shared_memory(), "hints": hints(disk.free),
@@ -80,6 +80,20 @@ def compiled() -> str:
     if "reason" in said:
         return f"{said['reason']}; ops run as plain torch"
     return "built: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in said.items() if value)
+
+
+def launcher() -> str:
+    """Whether this torch can start several ranks (`--gpus N`), and what its launcher cannot do."""
+    from fastkd.cli.several import GRACE
+    from fastkd.engine import launch
+
+    try:
+        fixed = launch.grace_of_torch()
+    except ImportError as e:
+        return f"none, --gpus works with 1 alone: {e}"
+    if fixed is None:
+        return f"ranks have {GRACE} s for their checkpoint after a stop signal"
+    return f"ranks have {fixed} s for their checkpoint after a stop signal; this torch cannot be told another time (later ones: {GRACE} s)"
 
 
 def version(name: str) -> str:
@@ -128,7 +142,7 @@ def hints(free: int) -> list[str]:
 def show_machine(found: dict[str, Any]) -> None:
     from fastkd.cli import summary
 
-    single = ("fastkd", "package", "python", "platform", "torch", "cuda", "threads", "cores", "compiled")
+    single = ("fastkd", "package", "python", "platform", "torch", "cuda", "threads", "cores", "launcher", "compiled")
     rows: list[tuple[str, object]] = [(key, "–" if found[key] is None else found[key]) for key in single]
     rows += [("gpu", gpu) for gpu in found["gpus"] or ["none that torch can use"]]
     rows += list(found["packages"].items()) + list(found["optional"].items())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import inspect
 import json
 import os
 import re
@@ -179,7 +180,7 @@ def launch(ranks: int, argv: Sequence[str], out: Path, *, max_restarts: int, gra
             words += ["--rdzv-endpoint=localhost:0", f"--rdzv-id={uuid.uuid4().hex}", "-m", "fastkd"]
             config, _, _ = config_from_args(get_args_parser().parse_args(words))
             config.signals_to_handle = SIGNALS
-            if hasattr(config, "shutdown_timeout"):  # not in torch 2.11, whose grace is 30 s
+            if hasattr(config, "shutdown_timeout"):  # see `grace_of_torch`
                 config.shutdown_timeout = grace
             config.logs_specs = DefaultLogsSpecs(log_dir=str(out / "logs"), redirects=Std.ALL, tee=Std.NONE)
             elastic_launch(config, sys.executable)("-u", "-m", "fastkd", *argv)
@@ -188,6 +189,20 @@ def launch(ranks: int, argv: Sequence[str], out: Path, *, max_restarts: int, gra
     except SignalException as e:
         code = 128 + int(e.sigval)
     return code_of(out, code)
+
+
+def grace_of_torch() -> int | None:
+    """Seconds between a stop signal and SIGKILL that this torch's launcher insists on (torch 2.11: 30); None: `launch` decides.
+
+    Raises:
+      ImportError: this torch was built without torch.distributed.
+    """
+    from torch.distributed.elastic.multiprocessing import PContext
+    from torch.distributed.launcher.api import LaunchConfig
+
+    if "shutdown_timeout" in inspect.signature(LaunchConfig).parameters:
+        return None
+    return int(inspect.signature(PContext.close).parameters["timeout"].default)
 
 
 @contextlib.contextmanager

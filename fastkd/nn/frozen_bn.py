@@ -117,7 +117,8 @@ class FrozenBN(nn.Module):
             shape = (1, -1, *([1] * (x.dim() - 2)))
             y = torch.addcmul(self.bias.view(shape), x, self.scale.view(shape))  # saves nothing: scale needs no gradient
         else:  # bf16 activations, fp32 constants: computed in fp32, stored in bf16, in one pass
-            y = F.batch_norm(x, self.unit[0], self.unit[1], self.scale, self.bias, False, 0.0, 0.0)
+            # torch.batch_norm: F.batch_norm of torch 2.11 wants eps > 0 outside of training too
+            y = torch.batch_norm(x, self.scale, self.bias, self.unit[0], self.unit[1], False, 0.0, 0.0, torch.backends.cudnn.enabled)
         if residual is not None:
             y = y + residual if residual.shape != y.shape else y.add_(residual)
         return self._activate(y)

@@ -115,6 +115,9 @@ def absent(name: str) -> str | None:
         if not _installed("triton"):
             return "triton is not installed"
         if interpreting():
+            from . import _interpreter
+
+            _interpreter.prepare()
             return None
         import torch
 

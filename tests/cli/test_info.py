@@ -57,6 +57,19 @@ def test_absent_package() -> None:
     assert info.version("there-is-no-such-distribution") == "missing"
 
 
+def test_what_torchs_launcher_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastkd.engine.launch.grace_of_torch", lambda: None)
+    assert info.launcher() == "ranks have 120 s for their checkpoint after a stop signal"
+    monkeypatch.setattr("fastkd.engine.launch.grace_of_torch", lambda: 30)
+    assert info.launcher().startswith("ranks have 30 s for their checkpoint after a stop signal; this torch cannot be told another time")
+
+    def without() -> None:
+        raise ImportError("cannot import name 'Store'")
+
+    monkeypatch.setattr("fastkd.engine.launch.grace_of_torch", without)
+    assert info.launcher() == "none, --gpus works with 1 alone: cannot import name 'Store'"
+
+
 def test_a_low_disk_is_a_hint() -> None:
     assert any("free" in line for line in info.hints(10**6)) and not any("free" in line for line in info.hints(10**12))
 

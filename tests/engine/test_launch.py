@@ -109,6 +109,19 @@ def test_ranks_without_a_rendezvous_are_a_mistake(monkeypatch):
         pass
 
 
+def test_a_launcher_that_cannot_be_told_a_grace_is_known_by_it(monkeypatch):
+    class Config:
+        def __init__(self, min_nodes: int): ...
+
+    class LaterConfig:
+        def __init__(self, min_nodes: int, shutdown_timeout: int | None = None): ...
+
+    monkeypatch.setattr("torch.distributed.launcher.api.LaunchConfig", Config)
+    assert launch.grace_of_torch() == 30
+    monkeypatch.setattr("torch.distributed.launcher.api.LaunchConfig", LaterConfig)
+    assert launch.grace_of_torch() is None
+
+
 KILL, TERM, ABORT = -signal.SIGKILL, -signal.SIGTERM, -signal.SIGABRT
 
 
