@@ -5,5 +5,5 @@
 Of the methods: `methods`, `pretrained`, `imagenet`, `ablations`, `phases`; `render_methods` writes docs/methods.md.
 """
 
-BENCHES = ("bn_match", "upsample", "generator", "replay", "cam", "step")
+BENCHES = ("bn_match", "upsample", "generator", "engine", "replay", "cam", "step")
 """The benches in the order in which they run: where time is short, the most telling come first."""

@@ -28,7 +28,7 @@ WRONG, SLOWER, LOST = 1, 8, 9
 """Exit codes: an op is wrong or a bench broke; slower than the baseline; a kernel broke the GPU context, so nothing more was measured."""
 LEAST_SECONDS = 5
 """With less than this left of a budget, no further bench begins."""
-SHARES = {"bn_match": 52, "upsample": 34, "generator": 26, "replay": 14, "cam": 22, "step": 12}
+SHARES = {"bn_match": 52, "upsample": 34, "generator": 26, "engine": 30, "replay": 14, "cam": 22, "step": 12}
 """How a budget is divided: a bench gets its share of what the earlier ones left over."""
 
 
@@ -134,6 +134,8 @@ def plan_of(request: Request) -> Plan:
         raise ConfigError(f"device '{name}' has no benches; expected cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise PlaceError(f"device '{name}' is not there: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs.")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     counts = request.threads
     if counts is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -201,7 +203,7 @@ def write(path: Path, record: dict[str, Any]) -> None:
 def gate(plan: Plan, modules: dict[str, Any], names: Sequence[str], say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Our backends against the definitions on small inputs; a bench of steps needs all ops to be right."""
     small = dataclasses.replace(plan, quick=True, compile=False)
-    needed = [m for name, m in modules.items() if hasattr(m, "cases") and (name in names or "step" in names)]
+    needed = [m for name, m in modules.items() if hasattr(m, "cases") and (name in names or {"step", "engine"} & set(names))]
     rows = [row for m in needed for row in check.gate(m.cases(small))]
     for row in rows:
         if row["ok"] is False:
