@@ -20,9 +20,10 @@ _library: torch.library.Library | None = None  # the definitions live as long as
 
 
 def define() -> None:
-    """Declare the operators once, and only where no working torchvision has."""
+    """Declare the operators once, and only where torchvision's own library does not: beside a CUDA build of torch it loads, and would
+    end the process if it found them declared."""
     global _library
-    if _library is not None or hasattr(torch.ops.torchvision, "nms"):
+    if _library is not None or torch.version.cuda is not None or hasattr(torch.ops.torchvision, "nms"):
         return
     _library = torch.library.Library("torchvision", "DEF")
     for schema in SCHEMAS:
