@@ -40,10 +40,18 @@ class Places:
     @classmethod
     def measured(cls, device: torch.device, images: str = "auto", tier: str = "auto") -> Places:
         """With `SHARE` of the memory of `device` and of this rank's part of the host's; a collective."""
-        host = int(SHARE * host_memory() / ranks.local_world())
-        own = int(SHARE * torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else host
-        least = -ranks.max(torch.tensor([-own, -host]))  # one decision for all ranks, whatever machines they are on
-        return cls(images, tier, device.type == "cuda", *least.tolist())  # type: ignore[arg-type]
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        found = cls.of(memory, images, tier, ranks_here=ranks.local_world())
+        least = -ranks.max(torch.tensor([-found.device_bytes, -found.host_bytes]))  # one decision for all, whatever machines they are on
+        found.device_bytes, found.host_bytes = least.tolist()
+        return found
+
+    @classmethod
+    def of(cls, memory: int | None, images: str = "auto", tier: str = "auto", *, ranks_here: int = 1) -> Places:
+        """With `SHARE` of a GPU's `memory` in bytes (None: on a CPU), and of one of `ranks_here` ranks' part of this machine's."""
+        host = int(SHARE * host_memory() / ranks_here)
+        own = host if memory is None else int(SHARE * memory)
+        return cls(images, tier, memory is not None, own, host)  # type: ignore[arg-type]
 
     def choose(self, size: int, images: Sharing | None = None, tier: Tier | None = None) -> tuple[Sharing, Tier]:
         """Where a store with `size` bytes of images goes, which itself may ask for a place; its room is taken."""

@@ -104,7 +104,7 @@ def make_job(
         metadata=assemble.metadata(model, found.classes, found.shape, found.mean, found.std, train.class_names, data=train.name),
         out_name=out_name,
         seed=config.seed,
-        precision=assemble.resolve_precision(config.precision, device),
+        precision=assemble.resolve_precision(config.precision, on_gpu=device.type == "cuda"),
         poll=config.poll,
         graphs=config.graphs == "auto",
         checkpoint=config.checkpoint,
