@@ -8,6 +8,7 @@ The adjoint of an all-reduce is an all-reduce, so every function here is differe
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastkd.errors import ConfigError
+
+PATIENCE = timedelta(days=2)
+_patient: list[Any] = []
+"""The process group, and one of the same ranks in which they wait for a busy one."""
 
 
 def world() -> int:
@@ -107,6 +112,19 @@ def barrier() -> None:
     """Wait until all ranks are here."""
     if world() > 1:
         dist.barrier()
+
+
+def meet() -> None:
+    """Wait until all ranks are here, however long one of them is busy with a file: it may take hours, and ends at once if that one dies.
+
+    The process group's own timeout, which ends a rank that waits in any other collective, is for steps.
+    """
+    if world() == 1:
+        return
+    group = dist.group.WORLD
+    if _patient[:1] != [group]:
+        _patient[:] = [group, dist.new_group(backend="gloo", timeout=PATIENCE)]
+    dist.all_reduce(torch.zeros(1), group=_patient[1])
 
 
 def odd_ones(fingerprint: bytes) -> list[int]:

@@ -140,6 +140,8 @@ def _agreed(act: Callable[[], Any] | None, together: bool) -> Any:
         result = act() if act is not None else None
     except (OSError, RuntimeError) as e:
         problem = e
+    if together:
+        ranks.meet()  # a rank may have much to write
     failed = bool(ranks.max(torch.tensor(float(problem is not None))).item()) if together else problem is not None
     if failed:
         raise problem or OSError("another rank could not write its part")

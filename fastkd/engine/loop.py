@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastkd import ranks
+from fastkd import files, ranks
 from fastkd.engine import allocator, checkpoint, evaluation, heartbeat, state
 from fastkd.engine.clock import Clock
 from fastkd.engine.events import Events
@@ -81,7 +81,7 @@ def run(
     saver = Saver(method, settings, events, out)
     guards = Guards(method, events, out, autocast(method.device, settings.precision), graphs=settings.graphs)
     at, done = restored(method, settings, events, out, anew) if resume and out else ((0, 0), 0)
-    with allocator.kept(method.device), heartbeat.beating(out) as beat:
+    with allocator.kept(method.device), heartbeat.beating(out) as beat, files.told(beat.moves):
         while True:
             try:
                 return _walk(method, settings, events, saver, guards, beat, stop, at, done)

@@ -38,35 +38,41 @@ class Saver:
         return bool(ranks.max(late).item())
 
     def save(self, position: tuple[int, int], done: int) -> None:
+        """Write a checkpoint, while all ranks wait. One that cannot be written is said and costs nothing but itself.
+
+        Raises:
+          CheckpointError: it is the third in a row.
+        """
         self.last = time.monotonic()
         if self.out is None:
             return
         tensors, numbers = state.collect(self.method)
         images, together = state.images(self.method)
-        if ranks.rank() and not together:
-            return
-        about = {**self.settings.about, "world": ranks.world()}
+        if ranks.rank() == 0 or together:
+            self._write(position, done, tensors, numbers, images, together)
+        ranks.meet()  # rank 0 may have much to write, and a step waits for others only so long
+
+    def _write(
+        self,
+        position: tuple[int, int],
+        done: int,
+        tensors: dict[str, Tensor],
+        numbers: dict[str, int | float | bool],
+        images: dict[str, Tensor],
+        together: bool,
+    ) -> None:
+        assert self.out is not None
+        folder, about = self.out / "checkpoints", {**self.settings.about, "world": ranks.world()}
+        student, metadata, keep = self._student(), self.settings.student_metadata, self.settings.keep
         for _ in range(2):
             try:
-                checkpoint.write(
-                    self.out / "checkpoints",
-                    done,
-                    position,
-                    tensors,
-                    numbers,
-                    self._student(),
-                    self.settings.student_metadata,
-                    about,
-                    self.settings.keep,
-                    images,
-                    together,
-                )
+                checkpoint.write(folder, done, position, tensors, numbers, student, metadata, about, keep, images, together)
                 self.failed = 0
                 self.events.write("checkpoint", step=done, position=list(position))
                 return
             except (OSError, RuntimeError) as e:  # safetensors wraps errno in its own error
                 reason = why(e) if isinstance(e, OSError) else str(e)
-                checkpoint.prune(self.out / "checkpoints", 1)
+                checkpoint.prune(folder, 1)
         self.failed += 1
         self.events.write("warning", text=f"checkpoint at step {done} could not be written: {reason}; what was saved before is intact")
         if self.failed == 3:
