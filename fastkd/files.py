@@ -32,6 +32,11 @@ def told(moved: Callable[[], None]) -> Iterator[None]:
         _moved.reset(token)
 
 
+def amount(count: int) -> str:
+    """Bytes in words, of three digits: 3.42 MB, 81.3 GB."""
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+
+
 def _tell() -> None:
     moved = _moved.get()
     if moved is not None:

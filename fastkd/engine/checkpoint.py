@@ -24,11 +24,13 @@ from torch import Tensor
 
 from fastkd import ranks
 from fastkd.errors import CheckpointError
-from fastkd.files import digest, fsync_folder, tensor_bytes, write_atomic, write_file, write_tensors
+from fastkd.files import amount, digest, fsync_folder, tensor_bytes, write_atomic, write_file, write_tensors
 
 SCHEMA = 1
 REPLACED = "-old"
 """Ends the name of a checkpoint that one of the same step is about to replace."""
+ROOM = 1.2
+"""Free space that a save asks for before it begins, in times of what it will write."""
 IMAGES = "images-r"
 """How the names of files with images begin."""
 
@@ -91,15 +93,20 @@ def write(
       images: path → this rank's rows of a store whose images are not in `tensors`.
       together: several ranks have such rows, and all of them are here; else rank 0 is here alone. Rank 0 writes all the rest.
     Raises:
-      OSError: nothing was written; older checkpoints are as they were. The same on all ranks.
+      OSError: nothing was written, perhaps because there is less than `ROOM` for it; older checkpoints are as they were. The same on
+        all ranks.
     """
     first = ranks.rank() == 0
     owner = int(ranks.max(torch.tensor(os.getpid() if first else 0)).item()) if together else os.getpid()
     final, temporary = folder / name_of(number), folder / f".tmp-step-{number:08d}-{owner}"
 
+    own = _bytes(images or {})
+    need = _bytes(tensors) + _bytes(student) + (int(ranks.total(torch.tensor(own)).item()) if together else own)
+
     def begin() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         prune(folder, keep)  # saves that died, one after another, must not fill the disk
+        _refuse_without_room(folder, need)
         temporary.mkdir()
 
     def own_images() -> dict[str, Any] | None:
@@ -131,6 +138,21 @@ def write(
             shutil.rmtree(temporary, ignore_errors=True)
     prune(folder, keep)
     return final
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(t.nbytes for t in tensors.values())
+
+
+def _refuse_without_room(folder: Path, need: int) -> None:
+    """Refuse to begin what the disk will not hold; a quota that it does not tell of shows when it is written.
+
+    Raises:
+      OSError: one sentence with what is needed and what is free.
+    """
+    disk = shutil.disk_usage(folder)
+    if disk.total and disk.free < ROOM * need:  # some mounted buckets have no size
+        raise OSError(f"the disk is full: {amount(need)} take {ROOM:g} times that to write, and {amount(disk.free)} are free")
 
 
 def _agreed(act: Callable[[], Any] | None, together: bool) -> Any:

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from fastkd import ranks
+from fastkd.files import amount
 
 Sharing = Literal["replicated", "sharded"]
 Tier = Literal["device", "host"]
@@ -71,8 +72,7 @@ class Places:
         if chosen != ("replicated", "device"):
             where = {"device": "on the device", "host": "in host memory"}[chosen[1]]
             how = f"sharded over {ranks.world()} ranks" if chosen[0] == "sharded" else "whole on every rank"
-            amount = f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
-            self.said.append(f"a store's images ({amount}) are kept {where}, {how}")
+            self.said.append(f"a store's images ({amount(size)}) are kept {where}, {how}")
         return chosen
 
     def _need(self, size: int, option: tuple[Sharing, Tier]) -> int:
