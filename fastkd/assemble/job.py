@@ -19,6 +19,7 @@ from fastkd.assemble.real import real_images
 from fastkd.assemble.target import Target
 from fastkd.config import CheckpointConfig, RunConfig
 from fastkd.data import embeddings
+from fastkd.engine import determinism
 from fastkd.errors import ConfigError, InputError, nearest
 from fastkd.log import Log
 from fastkd.memory import Places
@@ -46,6 +47,7 @@ class Job:
     facts: dict[str, Any]
     notes: list[str]
     global_bn: bool = True
+    deterministic: bool = False
     teacher_sha256: str = ""
 
 
@@ -143,6 +145,7 @@ def make_job(config: RunConfig, target: Target | None = None, *, fake: bool = Fa
       fake: it is walked on tensors without memory, which need no GPU.
     """
     ops.use(config.ops.backend)
+    determinism.ask(config.deterministic)
     device = torch.device("cpu") if fake else resolve_device(config.device) if target is None else target.stand_in
     on_gpu = device.type == "cuda" if target is None else target.on_gpu
     if config.teacher.spec is None and config.teacher.weights is None:
@@ -213,6 +216,7 @@ def make_job(config: RunConfig, target: Target | None = None, *, fake: bool = Fa
         facts={"teacher": network_facts(teacher.spec, teacher.net), "student": network_facts(spec, net), "data": config.data},
         notes=notes,
         global_bn=config.ranks.bn == "global",
+        deterministic=config.deterministic,
         teacher_sha256=teacher.sha256,
     )
 

@@ -101,6 +101,9 @@ def _walk(
     done: int,
 ) -> int:
     """From a position to the end, or to a stop; the exit code."""
+    # While the teacher was measured. A time limit leaves some steps: a job that is started over and over gets on.
+    if any_rank(stop is not None and stop.signal is not None):
+        return saver.stop(begin, done)
     total = done + sum(1 for e in range(begin[0], method.epochs) for i, *_ in steps(method, e) if (e, i) >= begin)
     clock, began, begun_at, images = Clock(method.device), time.monotonic(), done, 0
 

@@ -12,6 +12,7 @@ import torch
 from fastkd import assemble, models
 from fastkd.config import RunConfig
 from fastkd.engine import loop, probe
+from fastkd.engine.determinism import deterministic
 from fastkd.errors import NoMemoryError, no_memory
 from fastkd.memory import host_memory
 
@@ -57,7 +58,8 @@ def plan(config: RunConfig, world: int = 1, *, probed: bool = True, device_memor
         return planned | {"why": "not known: no step can be tried here, where what is held alone is more than there is"}
     settings = loop.Settings(seed=job.seed, precision=job.precision, global_bn=job.global_bn, data=job.test)
     try:
-        found = probe.probe(job.method, job.given, settings, world=world)
+        with deterministic(job.deterministic):
+            found = probe.probe(job.method, job.given, settings, world=world)
     except Exception as e:
         if not (isinstance(e, NoMemoryError) or no_memory(e)):
             raise
