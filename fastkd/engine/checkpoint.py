@@ -210,6 +210,13 @@ def prune(folder: Path, keep: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def forget_after(folder: Path, number: int) -> None:
+    """Remove the checkpoints of more steps than `number`: the run takes those again, in another way. Rank 0 does it."""
+    for path in listed(folder) if ranks.rank() == 0 else ():
+        if int(path.name[5:]) > number:
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def _put_back(folder: Path) -> None:
     """A checkpoint that made room for another of the same step, which then did not come, has its name again."""
     for path in folder.glob(f"step-*{REPLACED}"):
@@ -261,6 +268,18 @@ def read(path: Path) -> Saved:
             for key in f.keys():  # noqa: SIM118  (no mapping)
                 images.setdefault(key, []).append(Part(path / name, key))
     return Saved(path, manifest, tensors, json.loads((path / "state.json").read_bytes()), images)
+
+
+def readable(folder: Path, most: int) -> Saved | None:
+    """The newest checkpoint of at most `most` steps that verifies as this process sees the folder; nothing is touched, and nothing is said
+    of others: on a network disk they may be on their way."""
+    for path in listed(folder):
+        if int(path.name[5:]) <= most:
+            try:
+                return read(path)
+            except ValueError:
+                continue
+    return None
 
 
 def newest(folder: Path, said: list[str]) -> Saved | None:

@@ -191,6 +191,7 @@ def _go_back(
     at, done = restored(method, settings, events, out, anew=False)
     guards.went_back(back.rate)
     if back.rate != 1.0:
+        checkpoint.forget_after(out / "checkpoints", done)
         saver.save(at, done)  # a run that is killed now must not forget it
     return at, done
 

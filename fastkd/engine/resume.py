@@ -38,7 +38,10 @@ def restored(method: Method, settings: Settings, events: Events, out: Path, anew
 
 
 def _newest(events: Events, folder: Path, anew: bool) -> checkpoint.Saved | None:
-    """The newest checkpoint that verifies: rank 0 chooses and sets damaged ones aside, the others read the one it chose."""
+    """The newest checkpoint that verifies on every rank: rank 0 chooses and sets damaged ones aside, the others look for the one it chose.
+
+    On a network disk a rank may see an older state of the folder; then all take the newest that all see.
+    """
     said: list[str] = []
     try:
         saved = checkpoint.newest(folder, said) if ranks.rank() == 0 else None
@@ -51,11 +54,26 @@ def _newest(events: Events, folder: Path, anew: bool) -> checkpoint.Saved | None
         events.write("warning", text=line)
     if ranks.world() == 1:
         return saved
-    chosen = int(ranks.max(torch.tensor(saved.manifest["step"] if saved else -1)).item())
-    if ranks.rank() == 0 or chosen < 0:
-        return saved
-    try:
-        return checkpoint.read(folder / checkpoint.name_of(chosen))
-    except ValueError as e:
-        who = f"rank {ranks.rank()} cannot read the checkpoint of step {chosen} that rank 0 chose"
-        raise CheckpointError(f"{who} ({e}); all ranks must see the same '{folder}'.") from None
+    ranks.meet()  # rank 0 may have had much to read
+    chosen = most = int(ranks.max(torch.tensor(_step(saved))).item())
+    behind: list[int] = []
+    while most >= 0:
+        if _step(saved) != most:
+            saved = checkpoint.readable(folder, most)
+        ranks.meet()
+        steps = ranks.gather(torch.tensor([_step(saved)])).tolist()
+        behind = behind or [r for r, step in enumerate(steps) if step < most]
+        who = f"rank {', '.join(map(str, behind))}"
+        if min(steps) < 0:
+            raise CheckpointError(f"{who} cannot read the checkpoint of step {chosen}, nor an older one; all must see the same '{folder}'.")
+        if min(steps) == most:
+            if behind:
+                events.write("warning", text=f"{who} cannot read the checkpoint of step {chosen}; all ranks go on from step {most}")
+            return saved
+        most = min(steps)
+    return None
+
+
+def _step(saved: checkpoint.Saved | None) -> int:
+    """Steps done before a checkpoint; -1 for none."""
+    return int(saved.manifest["step"]) if saved is not None else -1
