@@ -78,9 +78,9 @@ def run(
       NumericalError: most steps of an interval were not finite.
       CheckpointError: nothing there can be resumed, or three saves failed in a row.
     """
-    saver = Saver(method, settings, events, out)
     guards = Guards(method, events, out, autocast(method.device, settings.precision), graphs=settings.graphs)
-    at, done = restored(method, settings, events, out, anew) if resume and out else ((0, 0), 0)
+    saver = Saver(method, settings, events, out, guards.collapse)
+    at, done = restored(method, settings, events, out, anew, guards.collapse) if resume and out else ((0, 0), 0)
     with allocator.kept(method.device), heartbeat.beating(out) as beat, files.told(beat.moves):
         while True:
             try:
@@ -188,7 +188,7 @@ def _go_back(
         raise back.otherwise
     slower = f", with learning rates times {back.rate:g}" if back.rate != 1.0 else ""
     events.write("warning", guard="back", text=f"{back}; back to the last checkpoint{slower}")
-    at, done = restored(method, settings, events, out, anew=False)
+    at, done = restored(method, settings, events, out, False, guards.collapse)
     guards.went_back(back.rate)
     if back.rate != 1.0:
         checkpoint.forget_after(out / "checkpoints", done)

@@ -9,12 +9,20 @@ import torch
 from fastkd import ranks
 from fastkd.engine import checkpoint, state
 from fastkd.engine.events import Events
+from fastkd.engine.guards.collapse import Collapse
 from fastkd.engine.settings import Settings
 from fastkd.errors import CheckpointError, ConfigError
 from fastkd.method import Method
 
 
-def restored(method: Method, settings: Settings, events: Events, out: Path, anew: bool) -> tuple[tuple[int, int], int]:
+def restored(
+    method: Method, settings: Settings, events: Events, out: Path, anew: bool, collapse: Collapse
+) -> tuple[tuple[int, int], int]:
+    """Put the state of the newest checkpoint back, and that of the guard; where the run goes on: (epoch, step of it), steps done.
+
+    Raises:
+      CheckpointError: none can be used, or it does not fit. ConfigError: it is of another run.
+    """
     saved = _newest(events, out / "checkpoints", anew)
     if saved is None:
         return (0, 0), 0
@@ -28,6 +36,8 @@ def restored(method: Method, settings: Settings, events: Events, out: Path, anew
         state.restore(method, saved.tensors, saved.numbers, saved.images)
     except ValueError as e:
         raise CheckpointError(f"checkpoint {saved.path.name} does not fit this run: {e}.") from None
+    if "collapse" in saved.manifest:
+        collapse.restore(saved.manifest["collapse"])
     if saved.manifest.get("world", 1) != ranks.world():
         events.write(
             "warning",

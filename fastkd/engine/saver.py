@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +14,7 @@ from fastkd import ranks
 from fastkd.engine import checkpoint, evaluation, state
 from fastkd.engine.events import Events
 from fastkd.engine.folder import why
+from fastkd.engine.guards.collapse import Collapse
 from fastkd.engine.settings import Settings
 from fastkd.errors import STOPPED, CheckpointError
 from fastkd.files import tensor_bytes, write_atomic
@@ -20,10 +22,14 @@ from fastkd.method import Method
 
 
 class Saver:
-    """Decides when a checkpoint is due and writes it; a failed save costs nothing but itself."""
+    """Decides when a checkpoint is due and writes it; a failed save costs nothing but itself.
 
-    def __init__(self, method: Method, settings: Settings, events: Events, out: Path | None):
-        self.method, self.settings, self.events, self.out = method, settings, events, out
+    Args:
+      collapse: the guard whose state goes into manifests.
+    """
+
+    def __init__(self, method: Method, settings: Settings, events: Events, out: Path | None, collapse: Collapse):
+        self.method, self.settings, self.events, self.out, self.collapse = method, settings, events, out, collapse
         self.last, self.failed, self.highest = time.monotonic(), 0, _best_so_far(out)
 
     def due(self, done: int) -> bool:
@@ -48,8 +54,9 @@ class Saver:
             return
         tensors, numbers = state.collect(self.method)
         images, together = state.images(self.method)
+        about = {**self.settings.about, "world": ranks.world(), "collapse": self.collapse.state()}
         if ranks.rank() == 0 or together:
-            self._write(position, done, tensors, numbers, images, together)
+            self._write(position, done, tensors, numbers, about, images, together)
         ranks.meet()  # rank 0 may have much to write, and a step waits for others only so long
 
     def _write(
@@ -58,11 +65,12 @@ class Saver:
         done: int,
         tensors: dict[str, Tensor],
         numbers: dict[str, int | float | bool],
+        about: dict[str, Any],
         images: dict[str, Tensor],
         together: bool,
     ) -> None:
         assert self.out is not None
-        folder, about = self.out / "checkpoints", {**self.settings.about, "world": ranks.world()}
+        folder = self.out / "checkpoints"
         student, metadata, keep = self._student(), self.settings.student_metadata, self.settings.keep
         for _ in range(2):
             try:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastkd.engine import checkpoint, events
+from fastkd.engine.guards import Collapse
 from fastkd.engine.saver import Saver
 from fastkd.engine.settings import Settings
 from fastkd.errors import CheckpointError
@@ -184,7 +185,7 @@ def test_a_save_asks_for_a_fifth_more_room_than_it_takes_before_it_begins(tmp_pa
 
     monkeypatch.setattr(checkpoint, "tensor_bytes", lambda *a: pytest.fail("nothing is written where there is no room"))
     disk(int(1.15 * need))
-    saver = Saver(method, Settings(), events.Events(tmp_path), tmp_path)
+    saver = Saver(method, Settings(), events.Events(tmp_path), tmp_path, Collapse(method, events.Events(None)))
     saver.save((1, 0), 4)
     assert len(asked) == 2  # once more after older ones have gone
     said = [e["text"] for e in events.read(tmp_path / "events.jsonl") if e["kind"] == "warning"]
