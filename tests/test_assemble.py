@@ -134,6 +134,12 @@ def test_a_kernel_that_is_not_deterministic_is_named(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "b" / "status.json").read_text())["code"] == e.value.exit_code == 2
 
 
+def test_batchnorm_of_each_rank_alone_says_what_it_gives_up():
+    said = " ".join(assemble.make_job(tiny(ranks={"bn": "rank"})).notes)
+    assert "several do not give the student of one; running statistics are each rank's own, and those of rank 0 are saved" in said
+    assert "ranks.bn" not in " ".join(assemble.make_job(tiny()).notes)
+
+
 def test_python_entry_point():
     small = {"name": "noise", "n_images": 64, "epochs": 1, "kd_steps": 2, "kd_batch": 16}
     outcome = fastkd.distil(method=small, seed=3)

@@ -165,6 +165,11 @@ def make_job(config: RunConfig, target: Target | None = None, *, fake: bool = Fa
                 f"the teacher has {teacher.classes} classes, '{config.data}' has {seen}; "
                 "expected the set it was trained on, or --data none."
             )
+    if config.ranks.bn == "rank":
+        notes.append(
+            "ranks.bn = rank: each rank normalises with its own rows, so several do not give the student of one; "
+            "running statistics are each rank's own, and those of rank 0 are saved"
+        )
     table = dict(config.method)
     name = str(table.get("name", "muse"))
     method = make_method(table)
