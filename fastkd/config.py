@@ -93,6 +93,7 @@ class WalkConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63, description="root seed of all draws")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     precision: Literal["fp32", "bf16"] | None = Field(None, description="none: bf16 on a GPU, fp32 on a CPU")
+    deterministic: bool = Field(False, description="deterministic kernels alone: the same bits on the same GPUs, more slowly")
     poll: Positive = Field(10, description="steps between looks at signals and guards")
     graphs: Literal["auto", "off"] = Field(
         "auto", description="CUDA graphs; auto: on a GPU, with one rank and all images there, a step is captured and then replayed"

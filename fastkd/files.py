@@ -2,19 +2,72 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 PIECE = 1 << 26
-"""Bytes that are written at once where a file is too large to be held twice."""
+"""Bytes that are read or written at once where a file is large."""
+SYNCED = 1 << 28
+"""Bytes after which what is written is forced to the disk, so that a large file makes its way steadily and not all at its end."""
+_moved: contextvars.ContextVar[Callable[[], None] | None] = contextvars.ContextVar("moved", default=None)
+
+
+@contextlib.contextmanager
+def told(moved: Callable[[], None]) -> Iterator[None]:
+    """Context: `moved` is called, often, while large files are written or read; as long as it is, nothing hangs."""
+    token = _moved.set(moved)
+    try:
+        yield
+    finally:
+        _moved.reset(token)
+
+
+def amount(count: int) -> str:
+    """Bytes in words, of three digits: 3.42 MB, 81.3 GB."""
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+
+
+def _tell() -> None:
+    moved = _moved.get()
+    if moved is not None:
+        moved()
+
+
+class _Hashed:
+    """A file that is written piece by piece, hashed and forced to the disk as it goes."""
+
+    def __init__(self, f: BinaryIO):
+        self.f, self.digest, self.length, self.pending = f, hashlib.sha256(), 0, 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        for start in range(0, len(data), PIECE):
+            piece = data[start : start + PIECE]
+            self.f.write(piece)
+            self.digest.update(piece)
+            self.length, self.pending = self.length + len(piece), self.pending + len(piece)
+            if self.pending >= SYNCED:
+                self.sync()
+            _tell()
+
+    def sync(self) -> None:
+        self.f.flush()
+        os.fsync(self.f.fileno())
+        self.pending = 0
+        _tell()
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        return {"bytes": self.length, "sha256": self.digest.hexdigest()}
 
 
 def fsync_folder(path: Path) -> None:
@@ -29,10 +82,10 @@ def fsync_folder(path: Path) -> None:
 def write_file(path: Path, data: bytes) -> dict[str, Any]:
     """Write and fsync; returns {"bytes": length, "sha256": hex digest}."""
     with open(path, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        file = _Hashed(f)
+        file.write(memoryview(data))
+        file.sync()
+    return file.entry
 
 
 def write_atomic(path: Path, data: bytes, *, writer: str = "") -> None:
@@ -88,25 +141,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         end += t.nbytes
     text = json.dumps(dict(sorted(header.items())), separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    digest, length = hashlib.sha256(), 0
     with open(path, "wb") as f:
-
-        def write(piece: Any) -> None:
-            nonlocal length
-            f.write(piece)
-            digest.update(piece)
-            length += len(piece)
-
-        write(len(text).to_bytes(8, "little") + text)
+        file = _Hashed(f)
+        file.write(len(text).to_bytes(8, "little") + text)
         for _, t in sorted(tensors.items()):
             for rows in t.split(max(1, PIECE // max(1, t[:1].nbytes))) if t.numel() else ():
-                write(memoryview(rows.cpu().contiguous().flatten().view(torch.uint8).numpy()))
-        f.flush()
-        os.fsync(f.fileno())
-    return {"bytes": length, "sha256": digest.hexdigest()}
+                file.write(memoryview(rows.cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        file.sync()
+    return file.entry
 
 
 def digest(path: Path) -> str:
     """The sha256 of a file, hex, read piece by piece."""
+    found = hashlib.sha256()
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        while piece := f.read(PIECE):
+            found.update(piece)
+            _tell()
+    return found.hexdigest()

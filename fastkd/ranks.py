@@ -7,7 +7,10 @@ The adjoint of an all-reduce is an all-reduce, so every function here is differe
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,15 +19,37 @@ from torch import Tensor
 
 from fastkd.errors import ConfigError
 
+PATIENCE = timedelta(days=2)
+_patient: list[Any] = []
+"""The process group, and one of the same ranks in which they wait for a busy one."""
+
+
+_beside: list[Any] = []
+"""The group that `within` has set; of the process, because torch runs backward passes of GPUs in threads of their own."""
+
+
+@contextlib.contextmanager
+def within(group: dist.ProcessGroup) -> Iterator[None]:
+    """Context: the ranks talk in `group`, not in the process group that somebody else has made for them."""
+    _beside.append(group)
+    try:
+        yield
+    finally:
+        _beside.remove(group)
+
+
+def _group() -> Any:
+    return _beside[-1] if _beside else None
+
 
 def world() -> int:
     """Number of ranks; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size(_group()) if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """This process's rank; 0 without a process group."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank(_group()) if dist.is_available() and dist.is_initialized() else 0
 
 
 def local_world() -> int:
@@ -37,7 +62,7 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         out = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(out)
+        dist.all_reduce(out, group=_group())
         return out
 
     @staticmethod
@@ -51,7 +76,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world())]
-        dist.all_gather(parts, x.contiguous())
+        dist.all_gather(parts, x.contiguous(), group=_group())
         return torch.stack(parts, 1).flatten(0, 1)
 
     @staticmethod
@@ -84,7 +109,7 @@ def max(x: Tensor) -> Tensor:
     if world() == 1:
         return x.detach()
     out = x.detach().clone()
-    dist.all_reduce(out, op=dist.ReduceOp.MAX)
+    dist.all_reduce(out, op=dist.ReduceOp.MAX, group=_group())
     return out
 
 
@@ -99,14 +124,28 @@ def swap(x: Tensor, send: list[int] | None = None, receive: list[int] | None = N
     """
     out = torch.empty((len(x) if receive is None else sum(receive), *x.shape[1:]), dtype=x.dtype, device=x.device)
     # Bytes: every backend moves them, whatever the dtype.
-    work = dist.all_to_all_single(out.flatten(1).view(torch.uint8), x.flatten(1).view(torch.uint8), receive, send, async_op=True)
+    arriving, leaving = out.flatten(1).view(torch.uint8), x.flatten(1).view(torch.uint8)
+    work = dist.all_to_all_single(arriving, leaving, receive, send, group=_group(), async_op=True)
     return out, work
 
 
 def barrier() -> None:
     """Wait until all ranks are here."""
     if world() > 1:
-        dist.barrier()
+        dist.barrier(group=_group())
+
+
+def meet() -> None:
+    """Wait until all ranks are here, however long one of them is busy with a file: it may take hours, and ends at once if that one dies.
+
+    The process group's own timeout, which ends a rank that waits in any other collective, is for steps.
+    """
+    if world() == 1:
+        return
+    group = dist.group.WORLD
+    if _patient[:1] != [group]:
+        _patient[:] = [group, dist.new_group(backend="gloo", timeout=PATIENCE)]
+    dist.all_reduce(torch.zeros(1), group=_patient[1])
 
 
 def odd_ones(fingerprint: bytes) -> list[int]:
@@ -115,7 +154,7 @@ def odd_ones(fingerprint: bytes) -> list[int]:
         return []
     mine = torch.frombuffer(bytearray(fingerprint), dtype=torch.uint8)
     all_ = [torch.empty_like(mine) for _ in range(world())]
-    dist.all_gather(all_, mine)
+    dist.all_gather(all_, mine, group=_group())
     return [r for r, other in enumerate(all_) if not torch.equal(other, all_[0])]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from fastkd import assemble, config, models
 from fastkd.assemble.job import make_method
 from fastkd.assemble.networks import load_network, read_names, weights_path
 from fastkd.config import TeacherConfig
+from fastkd.engine import determinism, events
+from fastkd.engine.guards import Guards
 from fastkd.errors import ConfigError, InputError, PlaceError
+from fastkd.method import Method
 
 TINY = {"epochs": 2, "warmup": 1, "batch": 20, "g_steps": 1, "g_loops": 1, "gwp_loops": 1, "kd_steps": 2, "kd_batch": 16, "hidden": 16}
 
@@ -96,6 +100,46 @@ def test_resume_rules(tmp_path):
     assert assemble.distil(tiny(checkpoint={"keep": 1}), tmp_path / "new", resume="must").code == 0
 
 
+def test_a_deterministic_run_admits_no_other_kernels_is_recorded_and_goes_on_as_such(tmp_path, monkeypatch):
+    for name in determinism.ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    cudnn, seen = torch.backends.cudnn, []
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    look = Method.step_ends
+    monkeypatch.setattr(
+        Method, "step_ends",
+        lambda m: seen.append((torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark)) or look(m),
+    )  # fmt: skip
+    assert assemble.distil(tiny(deterministic=True), tmp_path / "a").code == 0
+    assert set(seen) == {(True, True, False)}
+    assert not torch.are_deterministic_algorithms_enabled() and not cudnn.deterministic and cudnn.benchmark  # only for the run
+    assert {name: os.environ[name] for name in determinism.ENVIRONMENT} == determinism.ENVIRONMENT
+    config_, environment = (json.loads((tmp_path / "a" / f"{name}.json").read_text()) for name in ("config", "environment"))
+    assert config_["deterministic"] is True and environment["deterministic"] is True
+    (start,) = [e for e in events.read(tmp_path / "a" / "events.jsonl") if e["kind"] == "start"]
+    assert start["deterministic"] is True
+    with pytest.raises(ConfigError, match=r"cannot be continued with another deterministic: it was True, now False"):
+        assemble.distil(tiny(), tmp_path / "a", resume="must")
+    assert assemble.distil(tiny(), tmp_path / "b").code == 0 and set(seen[-3:]) == {(False, False, True)}
+
+
+def test_a_kernel_that_is_not_deterministic_is_named(tmp_path, monkeypatch):
+    def step(self, *args):
+        torch.zeros(3).put_(torch.tensor([1]), torch.tensor([2.0]))
+
+    monkeypatch.setattr(Guards, "step", step)
+    assert assemble.distil(tiny(), tmp_path / "a").code == 0
+    with pytest.raises(ConfigError, match=r"^deterministic is set, and put_ has no deterministic kernel here; leave it out") as e:
+        assemble.distil(tiny(deterministic=True), tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "status.json").read_text())["code"] == e.value.exit_code == 2
+
+
+def test_batchnorm_of_each_rank_alone_says_what_it_gives_up():
+    said = " ".join(assemble.make_job(tiny(ranks={"bn": "rank"})).notes)
+    assert "several do not give the student of one; running statistics are each rank's own, and those of rank 0 are saved" in said
+    assert "ranks.bn" not in " ".join(assemble.make_job(tiny()).notes)
+
+
 def test_python_entry_point():
     small = {"name": "noise", "n_images": 64, "epochs": 1, "kd_steps": 2, "kd_batch": 16}
     outcome = fastkd.distil(method=small, seed=3)
@@ -117,7 +161,8 @@ def test_a_dry_run_shows_what_one_rank_keeps_of_sharded_images(tier):
         for images in ("replicated", "sharded")
     )
     size = 4800 * 8 * 8  # 24 epochs of 2 calls of 100 images
-    assert whole["bytes"]["pool"] - sharded["bytes"]["pool"] == size - size // 4 - 64  # a row more for those of others
+    part = {"device": "bytes", "host": "host"}[tier]  # four ranks for which no CPU is named would have GPUs
+    assert whole[part]["pool"] - sharded[part]["pool"] == size - size // 4 - 64  # a row more for those of others
     where = "in host memory" if tier == "host" else "on the device"
     assert f"a store's images (0.307 MB) are kept {where}, sharded over 4 ranks" in sharded["notes"]
 

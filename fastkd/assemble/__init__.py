@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from fastkd import data
+from fastkd.assemble.device import resolve_device, resolve_precision
 from fastkd.assemble.execute import Outcome, execute, refuse_folder
-from fastkd.assemble.job import Job, make_job, resolve_device, resolve_precision
+from fastkd.assemble.job import Job, make_job
 from fastkd.assemble.networks import load_network, metadata, network_facts, placed
+from fastkd.assemble.target import Target, target
 from fastkd.config import RunConfig, TeacherConfig
 from fastkd.engine import dry, evaluation, folder
 from fastkd.engine.events import Listener
@@ -22,6 +24,7 @@ from fastkd.nn import instrument
 __all__ = [
     "Job",
     "Outcome",
+    "Target",
     "describe_model",
     "distil",
     "dry_run",
@@ -34,6 +37,7 @@ __all__ = [
     "placed",
     "resolve_device",
     "resolve_precision",
+    "target",
 ]
 
 
@@ -50,22 +54,26 @@ def distil(
     return execute(make_job(config), out, resume=resume, listeners=listeners, time_limit=time_limit)
 
 
-def dry_run(config: RunConfig, world: int = 1, out: Path | None = None, *, resume: str = "no") -> dict[str, Any]:
+def dry_run(
+    config: RunConfig, world: int = 1, out: Path | None = None, *, resume: str = "no", where: Target | None = None
+) -> dict[str, Any]:
     """Every kind of step on fake tensors of the real sizes, as one of `world` ranks; see `engine.dry.walk`. Nothing is written.
 
     Args:
-      out: the folder that a run would have, which is looked at; None: of no run. The device is not looked for. resume: as `distil`.
+      out: the folder that a run would have, which is looked at; None: of no run. resume: as `distil`.
+      where: the device that it would be on, which need not be here; None: as `config.device` says.
     Raises:
       FastkdError: what `distil` would refuse before its first step.
     """
-    job = make_job(config, fake=True)
+    where = where or target(config.device, world)
+    job = make_job(config, where, fake=True)
     if out is not None:
         refuse_folder(job, out, resume)
         folder.refuse_unwritable(out)
         folder.refuse_owned(out)
     walked = dry.walk(job.method, job.given, precision=job.precision, global_bn=job.global_bn, world=world)
     places = job.given.places.said if job.given.places is not None else []
-    return {**walked, "notes": [*job.notes, *places], "config": job.config}
+    return {**walked, "device": where.name, "precision": job.precision, "notes": [*job.notes, *places], "config": job.config}
 
 
 def evaluate(network: TeacherConfig, spec: str, *, device: str = "auto", limit: int | None = None) -> dict[str, Any]:

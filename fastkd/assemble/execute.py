@@ -23,6 +23,7 @@ from fastkd import models, ops, ranks
 from fastkd.assemble.job import Job
 from fastkd.config import SAFE_ON_RESUME
 from fastkd.engine import checkpoint, evaluation, loop, saver, signals
+from fastkd.engine.determinism import deterministic
 from fastkd.engine.events import Events, Heartbeat, Listener, curve, final
 from fastkd.engine.folder import locked, prepare, refuse
 from fastkd.errors import CheckpointError, ConfigError, PlaceError, exit_code
@@ -47,7 +48,8 @@ def execute(job: Job, out: Path | None, *, resume: str, listeners: Sequence[List
     first = ranks.rank() == 0
     if out is not None and first:
         refuse_folder(job, out, resume)
-    loop.prepare(job.method, job.given, global_bn=job.global_bn)  # a method that refuses leaves no folder behind
+    with deterministic(job.deterministic):
+        loop.prepare(job.method, job.given, global_bn=job.global_bn)  # a method that refuses leaves no folder behind
     refuse_different_ranks(job)
     with contextlib.ExitStack() as stack:
         if out is not None and first:
@@ -160,26 +162,26 @@ def _execute(job: Job, out: Path | None, *, resume: bool, anew: bool, listeners:
         student_metadata=job.metadata,
         about={"config": config_hash(job.config), "method": job.name, "teacher": job.teacher_sha256, "versions": versions()},
     )
-    if out is not None and first:
-        if not resume:
-            _write_json(out / "config.json", job.config)
-        _write_json(out / "environment.json", environment())
-    score, reached = evaluation.headline(job.test), None
-    if job.test is not None and given.teacher is not None:  # all ranks share the work
-        reached = evaluation.measure(given.teacher, job.test, given.mean, given.std)[score]
-    facts = {**job.facts, "teacher": {**job.facts.get("teacher", {}), score: reached}}
-    events.write("start", method=job.name, **facts, device=str(given.device), precision=job.precision, epochs=method.epochs, notes=notes)
-    for key, was, now in changes(out, job.config) if resume and out is not None and first else ():
-        events.write("changed", key=key, was=was, now=now)
-    damaged = checkpoint.set_aside(out / "checkpoints") if out is not None and first and not resume else []
-    if damaged:
-        events.write("warning", text=f"the run starts anew; damaged checkpoints of an earlier start lie beside ({', '.join(damaged)})")
+    if out is not None and first and not resume:
+        _write_json(out / "config.json", job.config)
     events.status("running")
     try:
-        with signals.watched(time_limit) as stop:
+        with deterministic(job.deterministic), signals.watched(time_limit) as stop:
+            if out is not None and first:
+                _write_json(out / "environment.json", environment())
+            facts = _measured(job, stop)
+            where = {"device": str(given.device), "precision": job.precision, "deterministic": job.deterministic}
+            events.write("start", method=job.name, **facts, **where, epochs=method.epochs, notes=notes)
+            for key, was, now in changes(out, job.config) if resume and out is not None and first else ():
+                events.write("changed", key=key, was=was, now=now)
+            damaged = checkpoint.set_aside(out / "checkpoints") if out is not None and first and not resume else []
+            if damaged:
+                beside = f"damaged checkpoints of an earlier start lie beside ({', '.join(damaged)})"
+                events.write("warning", text=f"the run starts anew; {beside}")
             code = loop.run(method, settings, events, out, stop, resume=resume, anew=anew)
         summary = _summary(job, facts, notes, events, out, time.monotonic() - began)
         if code == loop.DONE and out is not None and first:
+            score = evaluation.headline(job.test)
             reached = summary["student"].get(score)
             last = {**job.metadata, **({"accuracy" if score == "top1" else score: f"{reached:.6f}"} if reached is not None else {})}
             models.save_weights(out / job.out_name, saver.student_tensors(method.student), last)
@@ -190,6 +192,16 @@ def _execute(job: Job, out: Path | None, *, resume: bool, anew: bool, listeners:
     events.status("done" if code == loop.DONE else "preempted", code=code)
     events.write("done" if code == loop.DONE else "stopped", code=code, summary=summary)
     return Outcome(code, out, summary)
+
+
+def _measured(job: Job, stop: signals.Stop) -> dict[str, Any]:
+    """The facts of a job with its teacher's score, None where there is none or a rank was asked to stop meanwhile."""
+    score, reached = evaluation.headline(job.test), None
+    if job.test is not None and job.given.teacher is not None:  # all ranks share the work
+        with contextlib.suppress(evaluation.Interrupted):
+            asked = lambda: loop.any_rank(bool(stop))  # noqa: E731
+            reached = evaluation.measure(job.given.teacher, job.test, job.given.mean, job.given.std, asked)[score]
+    return {**job.facts, "teacher": {**job.facts.get("teacher", {}), score: reached}}
 
 
 def _summary(job: Job, facts: dict[str, Any], notes: list[str], events: Events, out: Path | None, wall: float) -> dict[str, Any]:
@@ -259,6 +271,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
         "ranks": ranks.world(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "cuda": torch.version.cuda,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "ops": ops.table(),

@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from fastkd import data, methods, ops
+from fastkd.assemble.device import resolve_device, resolve_precision
 from fastkd.assemble.networks import Network, entry_of, load_network, make_student, metadata, network_facts, placed
 from fastkd.assemble.real import real_images
+from fastkd.assemble.target import Target
 from fastkd.config import CheckpointConfig, RunConfig
 from fastkd.data import embeddings
-from fastkd.errors import ConfigError, InputError, PlaceError, nearest
+from fastkd.engine import determinism
+from fastkd.errors import ConfigError, InputError, nearest
 from fastkd.log import Log
 from fastkd.memory import Places
 from fastkd.method import Augment, Given, Method
@@ -44,33 +47,8 @@ class Job:
     facts: dict[str, Any]
     notes: list[str]
     global_bn: bool = True
+    deterministic: bool = False
     teacher_sha256: str = ""
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of a name; `auto` is a GPU where there is one. Without a number it is the current one, a rank's own.
-
-    Raises:
-      ConfigError: not a device name. PlaceError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"unknown device '{name}'; expected auto, cpu, cuda or cuda:N.") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device '{name}' is not supported; expected auto, cpu, cuda or cuda:N.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise PlaceError(
-            f"device '{name}' is not there: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; use --device cpu."
-        )
-    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
-
-
-def resolve_precision(name: str | None, device: torch.device) -> str:
-    """bf16 on a GPU, fp32 on a CPU, unless named."""
-    return name or ("bf16" if device.type == "cuda" else "fp32")
 
 
 def make_method(table: dict[str, Any]) -> Method:
@@ -158,19 +136,22 @@ def label_embeddings(config: RunConfig, names: list[str] | None, classes: int, d
     return found.values.to(device), [f"label embeddings: {found.source}", *found.notes]
 
 
-def make_job(config: RunConfig, *, fake: bool = False) -> Job:
-    """Everything a run needs, made and checked; nothing is written."""
+def make_job(config: RunConfig, target: Target | None = None, *, fake: bool = False) -> Job:
+    """Everything a run needs, made and checked; nothing is written.
+
+    Args:
+      target: where the run would be that is only asked about; None: it is to run, on `config.device`. What is made for it is here, and
+        its images are placed as they would be there.
+      fake: it is walked on tensors without memory, which need no GPU.
+    """
     ops.use(config.ops.backend)
-    try:
-        device = resolve_device(config.device)
-    except PlaceError:  # what a run on another machine would do can be asked here
-        if not fake:
-            raise
-    device = torch.device("cpu") if fake else device
+    determinism.ask(config.deterministic)
+    device = torch.device("cpu") if fake else resolve_device(config.device) if target is None else target.stand_in
+    on_gpu = device.type == "cuda" if target is None else target.on_gpu
     if config.teacher.spec is None and config.teacher.weights is None:
         raise ConfigError("no teacher is named; expected --teacher SPEC --teacher-weights FILE, or no options at all for the embedded one.")
     teacher = load_network(config.teacher, config.data)
-    notes = [f"teacher: {n}" for n in teacher.notes]
+    notes = [*(target.said if target is not None else ()), *(f"teacher: {n}" for n in teacher.notes)]
     test = None if config.data in (None, "none") else data.open_set(config.data, "test", size=teacher.shape[1], channels=teacher.shape[0])
     if test is not None:
         notes += test.notes
@@ -184,6 +165,11 @@ def make_job(config: RunConfig, *, fake: bool = False) -> Job:
                 f"the teacher has {teacher.classes} classes, '{config.data}' has {seen}; "
                 "expected the set it was trained on, or --data none."
             )
+    if config.ranks.bn == "rank":
+        notes.append(
+            "ranks.bn = rank: each rank normalises with its own rows, so several do not give the student of one; "
+            "running statistics are each rank's own, and those of rank 0 are saved"
+        )
     table = dict(config.method)
     name = str(table.get("name", "muse"))
     method = make_method(table)
@@ -196,6 +182,7 @@ def make_job(config: RunConfig, *, fake: bool = False) -> Job:
     real = real_images(config, method, name, teacher, test)
     check_needs(method, name, frozen, real is not None)
     notes += [] if real is None else [f"real images: {n}" for n in real.notes]
+    wishes = (config.memory.images, config.memory.tier)
     given = Given(
         teacher=frozen,
         student=student,
@@ -209,7 +196,7 @@ def make_job(config: RunConfig, *, fake: bool = False) -> Job:
         device=device,
         real=None if real is None else real.to(device),
         augmentation=augmentation(test, teacher),
-        places=Places.measured(device, config.memory.images, config.memory.tier),
+        places=Places.measured(device, *wishes) if target is None else target.places(*wishes),
     )
     names = teacher.class_names or (test.class_names if test is not None else None)
     if "embeddings" in method.needs:
@@ -217,7 +204,7 @@ def make_job(config: RunConfig, *, fake: bool = False) -> Job:
         notes += said
     full = {"name": name, **dataclasses.asdict(method)}  # type: ignore[call-overload]
     resolved = config.model_copy(update={"method": full}).model_dump(mode="json")
-    resolved["precision"] = precision = resolve_precision(config.precision, device)
+    resolved["precision"] = precision = resolve_precision(config.precision, on_gpu=on_gpu)
     return Job(
         name=name,
         method=method,
@@ -234,6 +221,7 @@ def make_job(config: RunConfig, *, fake: bool = False) -> Job:
         facts={"teacher": network_facts(teacher.spec, teacher.net), "student": network_facts(spec, net), "data": config.data},
         notes=notes,
         global_bn=config.ranks.bn == "global",
+        deterministic=config.deterministic,
         teacher_sha256=teacher.sha256,
     )
 

@@ -92,6 +92,23 @@ class Duration(click.ParamType):
         return found
 
 
+class Size(click.ParamType):
+    """An amount of memory such as 80GiB, 80GB or 512MiB; bytes."""
+
+    name = "size"
+    UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value))
+        units = {unit.lower(): factor for unit, factor in self.UNITS.items()}
+        count = int(float(found[1]) * units[found[2].lower()]) if found and found[2].lower() in units else 0
+        if not count:
+            self.fail(f"{value!r} is not an amount of memory; expected one such as 80GiB, 80GB or 512MiB", param, ctx)
+        return count
+
+
 def method_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """Completion of a method's name."""
     from fastkd import methods

@@ -22,6 +22,7 @@ KEYS = {
     "seed": "seed",
     "device": "device",
     "precision": "precision",
+    "deterministic": "deterministic",
     "mean": "teacher.mean",
     "std": "teacher.std",
     "input_size": "teacher.input_size",
@@ -50,6 +51,10 @@ OPTIONS = (
     click.option("--seed", type=int, metavar="N", help="Root of all draws. Default: 0."),
     click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N. Default: auto."),
     click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Default: bf16 on a GPU, fp32 on a CPU."),
+    click.option(
+        "--deterministic", is_flag=True, default=None,
+        help="Deterministic kernels alone: the same bits on the same GPUs, more slowly.",
+    ),
     click.option("--mean", type=Numbers(), help="The teacher's normalisation, for inputs in [0, 1]."),
     click.option("--std", type=Numbers(), help="As --mean."),
     click.option("--input-size", type=int, metavar="PIXELS", help="Height and width of the teacher's input."),

@@ -6,21 +6,26 @@ from typing import Any
 
 import click
 
-from fastkd.cli.common import emit, table, verb
+from fastkd.cli.common import Size, emit, table, verb
 from fastkd.cli.deciding import KEYS, check_given, deciding
 
 
 @verb("plan")
 @deciding
 @click.option("--probe/--no-probe", "probed", default=True, help="Time one real step of each kind. Without: no hours, no activations.")
-def command(recipe: str | None, sets: tuple[str, ...], gpus: int | None, probed: bool, as_json: bool, **options: Any) -> int:
+@click.option("--device-memory", type=Size(), metavar="SIZE", help="Plan for GPUs of this memory, such as 80GiB, which need not be here.")
+def command(
+    recipe: str | None, sets: tuple[str, ...], gpus: int | None, probed: bool, device_memory: int | None, as_json: bool, **options: Any
+) -> int:
     """Memory by part and rank, steps, bytes over the wire, hours from a timed probe of the real steps, and whether it fits.
 
     Takes the options of `fastkd run` that decide a run; nothing is written. The steps are taken on this machine's device as rank 0 of
-    --gpus N, so one GPU of the kind is enough to ask. Without --teacher-weights the teacher is a random one of the same size.
+    --gpus N, so one GPU of the kind is enough to ask. Without a GPU here they are taken on the CPU, which tells what they need but not how
+    long they take. Without --teacher-weights the teacher is a random one of the same size.
 
     \b
       fastkd plan --recipe muse-imagenet-112 --gpus 8
+      fastkd plan --recipe fast-imagenet --device-memory 80GiB
     """
     from fastkd import config, methods
     from fastkd.cli import summary
@@ -28,7 +33,8 @@ def command(recipe: str | None, sets: tuple[str, ...], gpus: int | None, probed:
 
     given = table(KEYS, options)
     check_given(recipe, given, sets)
-    planned = plan(config.resolve(recipe, given, sets, methods=methods.names()), gpus or 1, probed=probed)
+    asked = config.resolve(recipe, given, sets, methods=methods.names())
+    planned = plan(asked, gpus or 1, probed=probed, device_memory=device_memory)
     if as_json:
         emit(planned)
     else:

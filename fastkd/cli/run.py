@@ -81,7 +81,9 @@ def again_words(recipe: str | None, sets: tuple[str, ...], options: dict[str, An
     """The options that decide a run, as the words of a command line."""
     words = ["--recipe", recipe] if recipe else []
     for name, value in options.items():
-        if value is not None:
+        if value is True:
+            words.append(f"--{name.replace('_', '-')}")
+        elif value is not None:
             words += [f"--{name.replace('_', '-')}", ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)]
     return words + [word for key in sets for word in ("--set", key)]
 

@@ -109,15 +109,26 @@ def show_plan(planned: dict[str, Any]) -> None:
         rows.append(_step_row(planned["evaluation"], "evaluate", "evaluation", "", f"{planned['epochs']:,}", several))
         rows.append(_step_row(planned["checkpoint"], "save", "checkpoint", "in host memory", "", several))
     print_table(columns, rows)
-    parts = sorted(planned["bytes"].items(), key=lambda item: -item[1])
     held = "held for the whole run" + (f", on each of {planned['ranks']} ranks" if several else "")
-    print_table((held, ">memory"), [*((name, size(n)) for name, n in parts), ("all", size(sum(n for _, n in parts)))])
+    print_table(*_parts(held, planned["bytes"], planned.get("host") or {}))
     lines: list[tuple[str, object]] = [("epochs", planned["epochs"]), ("steps", f"{planned['total']:,}")]
     if several:
         lines.append(("wire", f"{size(planned['wire'])} sent by each rank in all steps"))
+    if "device" in planned:
+        lines.append(("device", f"{planned['device']}, {planned['precision']}"))
     lines += [*(_estimates(planned) if "memory" in planned else []), *(("note", note) for note in planned.get("notes", []))]
     print_facts(lines)
     console().print("nothing was written" if "memory" in planned else "nothing was run and nothing was written")
+
+
+def _parts(title: str, own: dict[str, int], host: dict[str, int]) -> tuple[Sequence[str], Sequence[Sequence[object]]]:
+    """Columns and rows of what is held: by part, the largest first; host memory apart where some of it is there."""
+    names = sorted(own.keys() | host.keys(), key=lambda name: -own.get(name, 0) - host.get(name, 0))
+    if not host:
+        return (title, ">memory"), [*((name, size(own[name])) for name in names), ("all", size(sum(own.values())))]
+    shown = lambda table, name: size(table[name]) if name in table else ""  # noqa: E731
+    rows = [(name, shown(own, name), shown(host, name)) for name in names]
+    return (title, ">device", ">host"), [*rows, ("all", size(sum(own.values())), size(sum(host.values())))]
 
 
 def _step_row(s: dict[str, Any], name: str, phase: str, args: str, times: str, several: bool) -> list[object]:
@@ -132,9 +143,16 @@ def _estimates(planned: dict[str, Any]) -> list[tuple[str, object]]:
         parts = f"{size(m['held'])} held + {size(m['guards'])} copies of the guards + {size(m['activations'])} of the hungriest step"
         lines.append(("memory", f"{size(m['rank'])} a rank: {parts}"))
     if planned["hours"] is not None:
-        where = f"measured on {planned['device']}, {planned['precision']}"
+        where = f"measured on {planned['measured_on']}, {planned['precision']}"
+        where += "" if planned["measured_on"] == planned["device"] else f", which is not the {planned['device']} of the run"
         apart = "; communication not included" if planned.get("ranks", 1) > 1 else ""
         lines.append(("time", f"{duration(3600 * planned['hours'])} ({where}{apart})"))
     fits = {True: "yes", False: "no", None: "not known"}[planned["fits"]]
-    lines.append(("fits", f"{fits}: {size(m['machine'])} of {size(m['available'])} free; {planned['why']}"))
+    host, room = m.get("host"), f"{size(m['machine'])} of {size(m['available'])} free"
+    if host and host["machine"]:
+        several = f", all {planned['ranks']} ranks together" if planned.get("ranks", 1) > 1 else ""
+        parts = f"images {size(host['held'])}, a checkpoint's copy {size(host['checkpoint'])} a rank"
+        lines.append(("host memory", f"{size(host['machine'])} of this machine's {size(host['available'])}{several}: {parts}"))
+        room = f"on the device {room}"
+    lines.append(("fits", f"{fits}: {room}; {planned['why']}"))
     return lines

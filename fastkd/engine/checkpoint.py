@@ -24,11 +24,13 @@ from torch import Tensor
 
 from fastkd import ranks
 from fastkd.errors import CheckpointError
-from fastkd.files import digest, fsync_folder, tensor_bytes, write_atomic, write_file, write_tensors
+from fastkd.files import amount, digest, fsync_folder, tensor_bytes, write_atomic, write_file, write_tensors
 
 SCHEMA = 1
 REPLACED = "-old"
 """Ends the name of a checkpoint that one of the same step is about to replace."""
+ROOM = 1.2
+"""Free space that a save asks for before it begins, in times of what it will write."""
 IMAGES = "images-r"
 """How the names of files with images begin."""
 
@@ -91,15 +93,20 @@ def write(
       images: path → this rank's rows of a store whose images are not in `tensors`.
       together: several ranks have such rows, and all of them are here; else rank 0 is here alone. Rank 0 writes all the rest.
     Raises:
-      OSError: nothing was written; older checkpoints are as they were. The same on all ranks.
+      OSError: nothing was written, perhaps because there is less than `ROOM` for it; older checkpoints are as they were. The same on
+        all ranks.
     """
     first = ranks.rank() == 0
     owner = int(ranks.max(torch.tensor(os.getpid() if first else 0)).item()) if together else os.getpid()
     final, temporary = folder / name_of(number), folder / f".tmp-step-{number:08d}-{owner}"
 
+    own = _bytes(images or {})
+    need = _bytes(tensors) + _bytes(student) + (int(ranks.total(torch.tensor(own)).item()) if together else own)
+
     def begin() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         prune(folder, keep)  # saves that died, one after another, must not fill the disk
+        _refuse_without_room(folder, need)
         temporary.mkdir()
 
     def own_images() -> dict[str, Any] | None:
@@ -133,6 +140,21 @@ def write(
     return final
 
 
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(t.nbytes for t in tensors.values())
+
+
+def _refuse_without_room(folder: Path, need: int) -> None:
+    """Refuse to begin what the disk will not hold; a quota that it does not tell of shows when it is written.
+
+    Raises:
+      OSError: one sentence with what is needed and what is free.
+    """
+    disk = shutil.disk_usage(folder)
+    if disk.total and disk.free < ROOM * need:  # some mounted buckets have no size
+        raise OSError(f"the disk is full: {amount(need)} take {ROOM:g} times that to write, and {amount(disk.free)} are free")
+
+
 def _agreed(act: Callable[[], Any] | None, together: bool) -> Any:
     """Do it; where several ranks write together, a failure on one of them is a failure on all."""
     result, problem = None, None
@@ -140,6 +162,8 @@ def _agreed(act: Callable[[], Any] | None, together: bool) -> Any:
         result = act() if act is not None else None
     except (OSError, RuntimeError) as e:
         problem = e
+    if together:
+        ranks.meet()  # a rank may have much to write
     failed = bool(ranks.max(torch.tensor(float(problem is not None))).item()) if together else problem is not None
     if failed:
         raise problem or OSError("another rank could not write its part")
@@ -184,6 +208,13 @@ def prune(folder: Path, keep: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
     for path in (*folder.glob(".tmp-step-*"), *folder.glob(f"step-*{REPLACED}")):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def forget_after(folder: Path, number: int) -> None:
+    """Remove the checkpoints of more steps than `number`: the run takes those again, in another way. Rank 0 does it."""
+    for path in listed(folder) if ranks.rank() == 0 else ():
+        if int(path.name[5:]) > number:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _put_back(folder: Path) -> None:
@@ -237,6 +268,18 @@ def read(path: Path) -> Saved:
             for key in f.keys():  # noqa: SIM118  (no mapping)
                 images.setdefault(key, []).append(Part(path / name, key))
     return Saved(path, manifest, tensors, json.loads((path / "state.json").read_bytes()), images)
+
+
+def readable(folder: Path, most: int) -> Saved | None:
+    """The newest checkpoint of at most `most` steps that verifies as this process sees the folder; nothing is touched, and nothing is said
+    of others: on a network disk they may be on their way."""
+    for path in listed(folder):
+        if int(path.name[5:]) <= most:
+            try:
+                return read(path)
+            except ValueError:
+                continue
+    return None
 
 
 def newest(folder: Path, said: list[str]) -> Saved | None:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastkd.engine import loop
 from fastkd.errors import ConfigError
+from fastkd.memory import Store
 from fastkd.method import Given, Method, steps
 
 
@@ -78,7 +79,7 @@ class Wire(TorchDispatchMode):
         if func.namespace == "c10d" and func._schema.name.removeprefix("c10d::") in self.SHARES:
             share = self.SHARES[func._schema.name.removeprefix("c10d::")]
             # A ring passes on all but its own piece: of what is summed twice, of what is gathered or scattered once.
-            own = _bytes(args[0], set())
+            own = sum(_bytes(args[0], set()))
             self.sent += share * (self.world - 1) / self.world * own
         return func(*args, **(kwargs or {}))
 
@@ -97,7 +98,8 @@ def walk(method: Method, given: Given, *, precision: str = "fp32", global_bn: bo
       world: how many ranks the run would have; what is returned is one rank's.
     Returns:
       steps: one row a kind of step: name, phase, arguments, how often a run takes it, bytes that it sends to other ranks. bytes: of what
-      `build` made, by attribute. epochs, total: numbers of epochs and steps. wire: bytes sent in all steps.
+      `build` made, by attribute, on the device; host: the same of images in the host memory of a GPU's machine (on a CPU both are one).
+      epochs, total: numbers of epochs and steps. wire: bytes sent in all steps.
     Raises:
       ConfigError: sizes that do not fit together; the step is named.
     """
@@ -119,17 +121,30 @@ def walk(method: Method, given: Given, *, precision: str = "fp32", global_bn: bo
             rows.append({**kind.row, "wire": wire.take()})
     seen: set[int] = set()
     parts = {"teacher": given.teacher, **{k: v for k, v in sorted(vars(method).items()) if k not in ("teacher", "real") and k[0] != "_"}}
-    sizes = {name: size for name, value in parts.items() if (size := _bytes(value, seen))}
+    held = {name: _bytes(value, seen) for name, value in parts.items()}
+    apart = given.places is not None and given.places.on_gpu
+    sizes = {name: own + (0 if apart else host) for name, (own, host) in held.items()}
+    hosted = {name: host for name, (_, host) in held.items() if apart}
     total, sent = sum(r["times"] for r in rows), sum(r["times"] * r["wire"] for r in rows)
-    return {"steps": rows, "bytes": sizes, "epochs": method.epochs, "total": total, "ranks": world, "wire": sent}
+    by_part = {kind: {name: size for name, size in table.items() if size} for kind, table in (("bytes", sizes), ("host", hosted))}
+    return {"steps": rows, **by_part, "epochs": method.epochs, "total": total, "ranks": world, "wire": sent}
 
 
-def _bytes(value: Any, seen: set[int]) -> int:
-    """Bytes of all tensors that hang on a value and were not counted yet."""
+def _bytes(value: Any, seen: set[int]) -> tuple[int, int]:
+    """Bytes of all tensors that hang on a value and were not counted yet: those where it computes, and those of host memory."""
+    own = host = 0
+    for t, hosted in _tensors(value):
+        if id(t) not in seen:
+            seen.add(id(t))
+            own, host = (own, host + t.nbytes) if hosted else (own + t.nbytes, host)
+    return own, host
+
+
+def _tensors(value: Any) -> Iterator[tuple[Tensor, bool]]:
+    """The tensors of a value, each with whether a store keeps it in host memory."""
     if isinstance(value, Tensor):
-        new = id(value) not in seen
-        seen.add(id(value))
-        return value.numel() * value.element_size() if new else 0
+        yield value, False
+        return
     if isinstance(value, nn.Module):
         inner: Any = [*value.parameters(), *value.buffers()]
     elif isinstance(value, torch.optim.Optimizer):
@@ -140,6 +155,9 @@ def _bytes(value: Any, seen: set[int]) -> int:
         inner = value
     elif type(value).__module__.startswith(("fastkd.memory", "fastkd.methods")):
         inner = vars(value).values()
+        if isinstance(value, Store) and value.hosted:
+            yield value.images, True
     else:
-        return 0
-    return sum(_bytes(v, seen) for v in inner)
+        return
+    for v in inner:
+        yield from _tensors(v)

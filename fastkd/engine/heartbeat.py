@@ -38,6 +38,7 @@ class Beat:
     def __init__(self, out: Path | None, thread: int):
         self.out, self.thread, self.rank, self.world = out, thread, ranks.rank(), ranks.world()
         self._at: tuple[str, str, int, int, float] = ("start", "start", 0, 0, time.monotonic())
+        self._moved = time.monotonic()
         self._done = threading.Event()
         self._seconds = min(SECONDS, launch.TIMEOUT.total_seconds() / 10)
 
@@ -45,13 +46,19 @@ class Beat:
         """Entering a step or another part of the run."""
         self._at = (phase, name, epoch, step, time.monotonic())
 
+    def moves(self) -> None:
+        """What it is doing gets on: some of a large file is written (`files.told`)."""
+        self._moved = time.monotonic()
+
     def state(self) -> dict[str, Any]:
-        """What the file holds. since: seconds in this step; waiting: in a collective, for other ranks; at: where in the code."""
+        """What the file holds. since: seconds in this step; still: seconds in which nothing has moved; waiting: in a collective, for other
+        ranks; at: where in the code."""
         phase, name, epoch, step, began = self._at
         at, waiting = _where(sys._current_frames().get(self.thread))
+        now, moved = time.monotonic(), max(began, self._moved)
         return {
             **{"rank": self.rank, "host": socket.gethostname(), "pid": os.getpid(), "phase": phase, "name": name, "epoch": epoch},
-            **{"step": step, "since": round(time.monotonic() - began, 1), "waiting": waiting, "at": at},
+            **{"step": step, "since": round(now - began, 1), "still": round(now - moved, 1), "waiting": waiting, "at": at},
             **{"every": self._seconds, "time": round(time.time(), 3)},
         }
 
@@ -121,8 +128,8 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 
 def hangs(mine: dict[str, Any], beats: list[dict[str, Any]], patience: float) -> bool:
-    """Whether a rank hangs: it has been in one step for `patience` seconds, waits for nobody, and another has waited for as long."""
-    if mine["waiting"] or mine["since"] < patience:
+    """Whether a rank hangs: nothing has moved in it for `patience` seconds, it waits for nobody, and another has waited for as long."""
+    if mine["waiting"] or mine["still"] < patience:
         return False
     return any(b["waiting"] and b["since"] >= patience and b["age"] < STALE * b["every"] for b in beats if b["rank"] != mine["rank"])
 

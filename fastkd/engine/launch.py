@@ -77,7 +77,10 @@ def first_host(hosts: str) -> str:
 
 @contextlib.contextmanager
 def joined(on_gpu: bool) -> Iterator[bool]:
-    """Be a rank for the duration: process group, own GPU, and a signal if the launcher dies. Yields whether the group is ours to end.
+    """Be a rank for the duration: process group, own GPU, and a signal if the launcher dies. Yields whether the process is ours to end.
+
+    Where a process group is up (Ray Train), its owner has chosen the GPU and ends the process. It may have no way between CPUs (Ray's is
+    NCCL alone), and another timeout: a group of the same ranks beside it has what is needed here.
 
     Raises:
       ConfigError: the variables of the rendezvous are not there.
@@ -85,15 +88,20 @@ def joined(on_gpu: bool) -> Iterator[bool]:
     import torch
     import torch.distributed as dist
 
+    from fastkd import ranks
+
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    if dist.is_initialized():
+        beside = dist.new_group(backend=backend, timeout=TIMEOUT)
+        with ranks.within(beside):
+            yield False
+        dist.destroy_process_group(beside)
+        return
     if on_gpu:  # a scheduler that gives each rank a GPU of its own shows it nothing else
         torch.cuda.set_device(0 if torch.cuda.device_count() == 1 else int(os.environ.get("LOCAL_RANK", "0")))
-    if dist.is_initialized():  # Ray Train: the group is up and is not ours to end
-        yield False
-        return
     if elastic():
         _die_with_parent()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, store=_store(dist), rank=rank, world_size=world, timeout=TIMEOUT)
     yield True
     dist.destroy_process_group()  # all ranks are here; one that came alone, after an error, would wait for the others (NCCL)

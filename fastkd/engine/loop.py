@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastkd import ranks
+from fastkd import files, ranks
 from fastkd.engine import allocator, checkpoint, evaluation, heartbeat, state
 from fastkd.engine.clock import Clock
 from fastkd.engine.events import Events
@@ -78,10 +78,10 @@ def run(
       NumericalError: most steps of an interval were not finite.
       CheckpointError: nothing there can be resumed, or three saves failed in a row.
     """
-    saver = Saver(method, settings, events, out)
     guards = Guards(method, events, out, autocast(method.device, settings.precision), graphs=settings.graphs)
-    at, done = restored(method, settings, events, out, anew) if resume and out else ((0, 0), 0)
-    with allocator.kept(method.device), heartbeat.beating(out) as beat:
+    saver = Saver(method, settings, events, out, guards.collapse)
+    at, done = restored(method, settings, events, out, anew, guards.collapse) if resume and out else ((0, 0), 0)
+    with allocator.kept(method.device), heartbeat.beating(out) as beat, files.told(beat.moves):
         while True:
             try:
                 return _walk(method, settings, events, saver, guards, beat, stop, at, done)
@@ -101,6 +101,9 @@ def _walk(
     done: int,
 ) -> int:
     """From a position to the end, or to a stop; the exit code."""
+    # While the teacher was measured. A time limit leaves some steps: a job that is started over and over gets on.
+    if any_rank(stop is not None and stop.signal is not None):
+        return saver.stop(begin, done)
     total = done + sum(1 for e in range(begin[0], method.epochs) for i, *_ in steps(method, e) if (e, i) >= begin)
     clock, began, begun_at, images = Clock(method.device), time.monotonic(), done, 0
 
@@ -185,9 +188,10 @@ def _go_back(
         raise back.otherwise
     slower = f", with learning rates times {back.rate:g}" if back.rate != 1.0 else ""
     events.write("warning", guard="back", text=f"{back}; back to the last checkpoint{slower}")
-    at, done = restored(method, settings, events, out, anew=False)
+    at, done = restored(method, settings, events, out, False, guards.collapse)
     guards.went_back(back.rate)
     if back.rate != 1.0:
+        checkpoint.forget_after(out / "checkpoints", done)
         saver.save(at, done)  # a run that is killed now must not forget it
     return at, done
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +14,7 @@ from fastkd import ranks
 from fastkd.engine import checkpoint, evaluation, state
 from fastkd.engine.events import Events
 from fastkd.engine.folder import why
+from fastkd.engine.guards.collapse import Collapse
 from fastkd.engine.settings import Settings
 from fastkd.errors import STOPPED, CheckpointError
 from fastkd.files import tensor_bytes, write_atomic
@@ -20,10 +22,14 @@ from fastkd.method import Method
 
 
 class Saver:
-    """Decides when a checkpoint is due and writes it; a failed save costs nothing but itself."""
+    """Decides when a checkpoint is due and writes it; a failed save costs nothing but itself.
 
-    def __init__(self, method: Method, settings: Settings, events: Events, out: Path | None):
-        self.method, self.settings, self.events, self.out = method, settings, events, out
+    Args:
+      collapse: the guard whose state goes into manifests.
+    """
+
+    def __init__(self, method: Method, settings: Settings, events: Events, out: Path | None, collapse: Collapse):
+        self.method, self.settings, self.events, self.out, self.collapse = method, settings, events, out, collapse
         self.last, self.failed, self.highest = time.monotonic(), 0, _best_so_far(out)
 
     def due(self, done: int) -> bool:
@@ -38,35 +44,43 @@ class Saver:
         return bool(ranks.max(late).item())
 
     def save(self, position: tuple[int, int], done: int) -> None:
+        """Write a checkpoint, while all ranks wait. One that cannot be written is said and costs nothing but itself.
+
+        Raises:
+          CheckpointError: it is the third in a row.
+        """
         self.last = time.monotonic()
         if self.out is None:
             return
         tensors, numbers = state.collect(self.method)
         images, together = state.images(self.method)
-        if ranks.rank() and not together:
-            return
-        about = {**self.settings.about, "world": ranks.world()}
+        about = {**self.settings.about, "world": ranks.world(), "collapse": self.collapse.state()}
+        if ranks.rank() == 0 or together:
+            self._write(position, done, tensors, numbers, about, images, together)
+        ranks.meet()  # rank 0 may have much to write, and a step waits for others only so long
+
+    def _write(
+        self,
+        position: tuple[int, int],
+        done: int,
+        tensors: dict[str, Tensor],
+        numbers: dict[str, int | float | bool],
+        about: dict[str, Any],
+        images: dict[str, Tensor],
+        together: bool,
+    ) -> None:
+        assert self.out is not None
+        folder = self.out / "checkpoints"
+        student, metadata, keep = self._student(), self.settings.student_metadata, self.settings.keep
         for _ in range(2):
             try:
-                checkpoint.write(
-                    self.out / "checkpoints",
-                    done,
-                    position,
-                    tensors,
-                    numbers,
-                    self._student(),
-                    self.settings.student_metadata,
-                    about,
-                    self.settings.keep,
-                    images,
-                    together,
-                )
+                checkpoint.write(folder, done, position, tensors, numbers, student, metadata, about, keep, images, together)
                 self.failed = 0
                 self.events.write("checkpoint", step=done, position=list(position))
                 return
             except (OSError, RuntimeError) as e:  # safetensors wraps errno in its own error
                 reason = why(e) if isinstance(e, OSError) else str(e)
-                checkpoint.prune(self.out / "checkpoints", 1)
+                checkpoint.prune(folder, 1)
         self.failed += 1
         self.events.write("warning", text=f"checkpoint at step {done} could not be written: {reason}; what was saved before is intact")
         if self.failed == 3:

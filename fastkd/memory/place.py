@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from fastkd import ranks
+from fastkd.files import amount
 
 Sharing = Literal["replicated", "sharded"]
 Tier = Literal["device", "host"]
@@ -40,10 +41,18 @@ class Places:
     @classmethod
     def measured(cls, device: torch.device, images: str = "auto", tier: str = "auto") -> Places:
         """With `SHARE` of the memory of `device` and of this rank's part of the host's; a collective."""
-        host = int(SHARE * host_memory() / ranks.local_world())
-        own = int(SHARE * torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else host
-        least = -ranks.max(torch.tensor([-own, -host]))  # one decision for all ranks, whatever machines they are on
-        return cls(images, tier, device.type == "cuda", *least.tolist())  # type: ignore[arg-type]
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        found = cls.of(memory, images, tier, ranks_here=ranks.local_world())
+        least = -ranks.max(torch.tensor([-found.device_bytes, -found.host_bytes]))  # one decision for all, whatever machines they are on
+        found.device_bytes, found.host_bytes = least.tolist()
+        return found
+
+    @classmethod
+    def of(cls, memory: int | None, images: str = "auto", tier: str = "auto", *, ranks_here: int = 1) -> Places:
+        """With `SHARE` of a GPU's `memory` in bytes (None: on a CPU), and of one of `ranks_here` ranks' part of this machine's."""
+        host = int(SHARE * host_memory() / ranks_here)
+        own = host if memory is None else int(SHARE * memory)
+        return cls(images, tier, memory is not None, own, host)  # type: ignore[arg-type]
 
     def choose(self, size: int, images: Sharing | None = None, tier: Tier | None = None) -> tuple[Sharing, Tier]:
         """Where a store with `size` bytes of images goes, which itself may ask for a place; its room is taken."""
@@ -63,8 +72,7 @@ class Places:
         if chosen != ("replicated", "device"):
             where = {"device": "on the device", "host": "in host memory"}[chosen[1]]
             how = f"sharded over {ranks.world()} ranks" if chosen[0] == "sharded" else "whole on every rank"
-            amount = f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
-            self.said.append(f"a store's images ({amount}) are kept {where}, {how}")
+            self.said.append(f"a store's images ({amount(size)}) are kept {where}, {how}")
         return chosen
 
     def _need(self, size: int, option: tuple[Sharing, Tier]) -> int:

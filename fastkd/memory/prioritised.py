@@ -92,7 +92,7 @@ class Prioritised(Store):
           ValueError: more rows than the store holds, or columns that do not fit.
         """
         priority = None if priority is None else ranks.gather(priority.detach())
-        return self.put(ranks.gather(self._encode(x)), priority, **{k: ranks.gather(v) for k, v in columns.items()})
+        return self.put(ranks.gather(self.encode(x)), priority, **{k: ranks.gather(v) for k, v in columns.items()})
 
     def put(self, images: Tensor, priority: Tensor | None = None, **columns: Tensor) -> Tensor:
         """Insert rows that every rank holds: images [n, H, W, C] as in `Store.put`, `priority` [n] or None as in `add`."""

@@ -133,7 +133,7 @@ class Store:
         Raises:
           ValueError: the store is full and no ring, more rows at once than a ring holds, or images or columns that do not fit.
         """
-        return self.put(ranks.gather(self._encode(x)), **{k: ranks.gather(v) for k, v in columns.items()})
+        return self.put(ranks.gather(self.encode(x)), **{k: ranks.gather(v) for k, v in columns.items()})
 
     def put(self, images: Tensor, **columns: Tensor) -> Tensor:
         """Append rows that every rank holds.
@@ -174,7 +174,8 @@ class Store:
             raise ValueError(f"the store holds {self.capacity} images; {n} at once do not fit")
         return (torch.arange(n, device=self.cursor.device) + self.written) % self.capacity
 
-    def _encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor) -> Tensor:
+        """Images [b, C, H, W] as `put` takes them, [b, H, W, C] of the store's dtype; see `add`."""
         x = x.detach().permute(0, 2, 3, 1)
         if self.images.dtype == torch.uint8 and x.dtype != torch.uint8:
             x = x.clamp(0, 1) * 255
@@ -183,7 +184,7 @@ class Store:
 
     def as_stored(self, x: Tensor) -> Tensor:
         """Images [b, C, H, W] as they would be read back if they were added: clamped and quantised in a uint8 store."""
-        images = self._encode(x)
+        images = self.encode(x)
         return replay_gather(images, torch.arange(len(images), device=images.device))
 
     def reserve(self, n: int) -> None:

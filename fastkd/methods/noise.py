@@ -47,9 +47,10 @@ class Noise(StudentPhase):
         gaussian = self.kind == "gaussian"
         self.pool = Store(self.rng, self.n_images, self.shape, torch.float16 if gaussian else torch.uint8)
         self.pool.reserve(self.kd_steps * self.kd_batch)
-        draw, chunk = self.rng.normal if gaussian else self.rng.uniform, 16 * self.kd_batch
-        for start in range(0, self.n_images, chunk):
-            self.pool.add(draw(min(chunk, self.n_images - start), *self.shape, name="noise"))
+        draw, chunk, source = torch.randn if gaussian else torch.rand, 16 * self.kd_batch, self.rng.whole("noise")
+        for start in range(0, self.n_images, chunk):  # drawn whole by all, so that any number of images can be dealt
+            size = (min(chunk, self.n_images - start), *self.shape)
+            self.pool.put(self.pool.encode(draw(size, generator=source, device=self.device, dtype=self.rng.dtype)))
 
     def stores(self) -> list[Store]:
         return [self.pool]

@@ -10,6 +10,7 @@ import torch
 from fastkd import assemble, data, models
 from fastkd.config import CondenseConfig, TeachConfig
 from fastkd.data import ImageSet
+from fastkd.engine import determinism
 from fastkd.errors import ConfigError, InputError
 from fastkd.log import Log
 from fastkd.method import Augment, Given, Method
@@ -74,6 +75,7 @@ def make_job(
     Args:
       out_name: file of the network in the run folder. settings: what the recorded configuration says in place of `config`'s own values.
     """
+    determinism.ask(config.deterministic)
     device = assemble.resolve_device(config.device)
     train = found.train
     torch.manual_seed(config.seed)
@@ -104,10 +106,11 @@ def make_job(
         metadata=assemble.metadata(model, found.classes, found.shape, found.mean, found.std, train.class_names, data=train.name),
         out_name=out_name,
         seed=config.seed,
-        precision=assemble.resolve_precision(config.precision, device),
+        precision=assemble.resolve_precision(config.precision, on_gpu=device.type == "cuda"),
         poll=config.poll,
         graphs=config.graphs == "auto",
         checkpoint=config.checkpoint,
+        deterministic=config.deterministic,
         config={"task": task, **config.model_dump(mode="json"), **(settings or {})},
         facts={"student": assemble.network_facts(model, net), "data": train.name},
         notes=[*train.notes],

@@ -12,58 +12,85 @@ import torch
 from fastkd import assemble, models
 from fastkd.config import RunConfig
 from fastkd.engine import loop, probe
+from fastkd.engine.determinism import deterministic
 from fastkd.errors import NoMemoryError, no_memory
+from fastkd.memory import host_memory
 
 ROOM = 0.9
 """Share of the free memory that a run may take: allocators round up and leave gaps."""
 
 
-def plan(config: RunConfig, world: int = 1, *, probed: bool = True) -> dict[str, Any]:
+def plan(config: RunConfig, world: int = 1, *, probed: bool = True, device_memory: int | None = None) -> dict[str, Any]:
     """Walk a run on tensors without memory, then time one step of each kind on real ones, as rank 0 of `world`.
+
+    It is planned for the device that it would use, which need not be here (`assemble.target`): images are placed and memory is counted
+    as there, and what its steps need is measured on the CPU instead.
 
     Args:
       probed: take the real steps; without them hours and the memory of activations stay unknown.
+      device_memory: bytes of the GPU, which then need not be here.
     Returns:
       what `assemble.dry_run` returns, and
       steps: also seconds and peak (bytes beside what is held) of each. evaluation, checkpoint: the same.
-      memory: bytes of a rank: held, guards (their copies), activations (of the hungriest step), rank: all of it; available, and machine:
-      what the ranks that share it need. hours: without communication. fits: None where that is not known. why: a sentence.
+      memory: bytes of a rank on its device: held, guards (their copies), activations (of the hungriest step), rank: all of it; available,
+      and machine: what the ranks that share it need. On a GPU also host: held, checkpoint (a copy of the state), machine, available.
+      hours: without communication, on `measured_on`. fits: None where that is not known. why: a sentence.
     Raises:
       ConfigError, InputError: as `run`, before anything is measured.
     """
     with tempfile.TemporaryDirectory() as folder:
+        where = assemble.target(config.device, world, device_memory)
         config, said = with_weights(config, Path(folder))
-        walked = assemble.dry_run(config, world)
-        job = assemble.make_job(config)  # once more: what a dry run has built is not there
+        walked = assemble.dry_run(config, world, where=where)
+        job = assemble.make_job(config, where)  # once more: what a dry run has built is not there
     walked["notes"] = said + walked["notes"]
-    device = job.given.device
     data = 0 if job.test is None else sum(t.numel() * t.element_size() for t in (job.test.images, job.test.labels))
     parts = walked["bytes"] | ({"evaluation data": data} if data else {})
-    shares = world if device.type == "cpu" else 1  # ranks on the CPU share its memory
-    memory: dict[str, Any] = {"held": sum(parts.values()), "available": free(device)}
-    planned = {**walked, "bytes": parts, "memory": memory, "device": str(device), "precision": job.precision, "hours": None, "fits": None}
-    memory["machine"] = memory["held"] * shares
-    if memory["machine"] > memory["available"]:
+    room = where.memory if where.here is None or device_memory else free(where.here)
+    memory: dict[str, Any] = {"held": sum(parts.values()), "available": room}
+    planned = {**walked, "bytes": parts, "memory": memory, "measured_on": str(where.stand_in), "hours": None, "fits": None}
+    _count_ranks(memory, where, sum(walked["host"].values()), memory["held"])
+    if _too_much(memory, 1.0):
         return planned | {"fits": False, "why": "what is held for the whole run alone is more than there is"}
     if not probed:
         return planned | {"why": "not known without the probe: the memory of activations is not counted"}
+    if memory["held"] + sum(walked["host"].values()) > free(where.stand_in):  # of a GPU that is elsewhere
+        return planned | {"why": "not known: no step can be tried here, where what is held alone is more than there is"}
     settings = loop.Settings(seed=job.seed, precision=job.precision, global_bn=job.global_bn, data=job.test)
     try:
-        found = probe.probe(job.method, job.given, settings, world=world)
+        with deterministic(job.deterministic):
+            found = probe.probe(job.method, job.given, settings, world=world)
     except Exception as e:
         if not (isinstance(e, NoMemoryError) or no_memory(e)):
             raise
-        return planned | {"fits": False, "why": f"a probe of its steps ran out of memory: {str(e).splitlines()[0]}"}
+        why = f"a probe of its steps ran out of memory: {str(e).splitlines()[0]}"
+        return planned | {"fits": False if where.here is not None else None, "why": why}
     rows = [{**fake, "seconds": real["seconds"], "peak": real["peak"]} for fake, real in zip(walked["steps"], found["steps"], strict=True)]
-    on_device = [*rows, found["evaluation"], *([found["checkpoint"]] if device.type == "cpu" else [])]
+    on_device = [*rows, found["evaluation"], *([] if where.on_gpu else [found["checkpoint"]])]
     memory["guards"], memory["activations"] = found["guards"], max(row["peak"] for row in on_device)
     memory["rank"] = memory["held"] + memory["guards"] + memory["activations"]
-    memory["machine"] = memory["rank"] * shares
+    _count_ranks(memory, where, sum(walked["host"].values()), memory["rank"], found["checkpoint"]["peak"])
     seconds = sum(row["times"] * row["seconds"] for row in rows) + planned["epochs"] * found["evaluation"]["seconds"]
-    fits = memory["machine"] <= ROOM * memory["available"]
     planned |= {"steps": rows, "evaluation": found["evaluation"], "checkpoint": found["checkpoint"], "hours": seconds / 3600}
-    why = f"{'less' if fits else 'more'} than {ROOM:.0%} of what is free"
-    return planned | {"fits": fits, "why": why, "notes": [*walked["notes"], *found["said"]]}
+    short = _too_much(memory, ROOM)
+    why = f"{short or 'less'} than {ROOM:.0%} of what is free"
+    return planned | {"fits": not short, "why": why, "notes": [*walked["notes"], *found["said"]]}
+
+
+def _count_ranks(memory: dict[str, Any], where: assemble.Target, host: int, rank: int, checkpoint: int = 0) -> None:
+    """Write what all ranks of a machine need: of the one memory that they share on CPUs; of a GPU each, and of its host's."""
+    memory["machine"] = rank if where.on_gpu else where.world * rank
+    if where.on_gpu:
+        # Every rank copies its state to the host, the images of its stores excepted.
+        memory["host"] = {"held": host, "checkpoint": checkpoint, "machine": where.world * (host + checkpoint), "available": host_memory()}
+
+
+def _too_much(memory: dict[str, Any], share: float) -> str:
+    """Which memory is too small, as the beginning of a sentence; empty where none is."""
+    if memory["machine"] > share * memory["available"]:
+        return "more"
+    host = memory.get("host")
+    return "more host memory" if host and host["machine"] > share * host["available"] else ""
 
 
 def with_weights(config: RunConfig, folder: Path) -> tuple[RunConfig, list[str]]:

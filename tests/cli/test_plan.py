@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from fastkd.cli import deciding, summary, words
+from fastkd.cli import common, deciding, summary, words
 from fastkd.cli.app import app
 from tests.cli.conftest import TINY, one_sentence, sets
 
@@ -37,7 +37,7 @@ def test_mistakes_are_those_of_a_run(cli):
 def test_run_and_plan_take_the_same_options_that_decide_a_run():
     run, plan = ({p.name for p in app.get_command(None, name).params} for name in ("run", "plan"))
     shared = {*deciding.KEYS, "recipe", "sets", "gpus"}
-    assert shared <= run and plan == shared | {"probed", "as_json", "debug"}
+    assert shared <= run and plan == shared | {"probed", "device_memory", "as_json", "debug"}
 
 
 def test_what_does_not_fit_is_said(capsys):
@@ -46,6 +46,22 @@ def test_what_does_not_fit_is_said(capsys):
     memory = {"held": 10**9, "machine": 10**9, "available": 10**8}
     summary.show_plan(planned | {"memory": memory, "fits": False, "why": "too much"})
     assert "no: 1.0 GB of 100.0 MB free; too much" in capsys.readouterr().out
+
+
+def test_images_in_host_memory_are_shown_apart(cli):
+    words = ("plan", "--device-memory", "24GiB", "--no-probe", *sets(*TINY, "memory.tier=host"))
+    said = cli(*words).stdout
+    assert "device" in said and "host memory" in said and "of this machine's" in said and "on the device" in said
+    planned = json.loads(cli(*words, "--json").stdout)
+    assert planned["host"]["at"] > 0 and planned["memory"]["available"] == 24 * 2**30
+
+
+def test_an_amount_of_memory_has_a_unit_that_is_known(cli):
+    convert = common.Size().convert
+    assert [convert(text, None, None) for text in ("80GiB", "1.5 GB", "512mib", "4096")] == [80 << 30, 1_500_000_000, 512 << 20, 4096]
+    for wrong in ("80GX", "0GiB", "GiB", "-1GB"):
+        done = cli("plan", f"--device-memory={wrong}")
+        assert done.exit_code == 2 and "is not an amount of memory; expected one such as 80GiB" in done.stderr
 
 
 def test_short_times_in_words():

@@ -25,6 +25,7 @@ def test_a_dry_run_of_eight_ranks_is_one_of_them(cli, tmp_path, monkeypatch):
     one, eight = (json.loads(cli("run", "--dry-run", *words, *sets(*TINY), "--json").stdout) for words in ((), ("--gpus", 8)))
     assert [s | {"wire": 0} for s in eight["steps"]] == one["steps"] and (one["ranks"], eight["ranks"]) == (1, 8)
     assert one["wire"] == 0 < eight["wire"]
+    assert torch.cuda.is_available() or ([p["device"] for p in (one, eight)], eight["precision"]) == (["cpu", "cuda"], "bf16")
     assert eight["bytes"]["student"] == one["bytes"]["student"] and eight["bytes"]["at"] < one["bytes"]["at"]
     odd = cli("run", "--dry-run", "--gpus", 8, *sets(*TINY, "method.kd_batch=36"))
     assert odd.exit_code == 2 and "36 rows cannot be dealt to 8 ranks" in one_sentence(odd.stderr)

@@ -5,15 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastkd.engine import checkpoint
+from fastkd.engine import checkpoint, events
+from fastkd.engine.guards import Collapse
+from fastkd.engine.saver import Saver
+from fastkd.engine.settings import Settings
 from fastkd.errors import CheckpointError
 from fastkd.files import write_file
+from tests import small
 
 
 def write(folder, number, keep=3, value=1.0):
@@ -164,3 +170,35 @@ def test_a_manifest_of_another_schema_is_refused(tmp_path):
     path.write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="schema is 99"):
         checkpoint.verify(path.parent)
+
+
+@pytest.mark.fault("T13")
+def test_a_save_asks_for_a_fifth_more_room_than_it_takes_before_it_begins(tmp_path, monkeypatch):
+    method = small.prepared("noise")
+    small.run(method, tmp_path, max_steps=2)
+    whole = checkpoint.listed(tmp_path / "checkpoints")[0]
+    need = sum((whole / name).stat().st_size for name in ("state.safetensors", "student.safetensors"))
+    asked = []
+
+    def disk(free):
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(total=10**12, free=free))
+
+    monkeypatch.setattr(checkpoint, "tensor_bytes", lambda *a: pytest.fail("nothing is written where there is no room"))
+    disk(int(1.15 * need))
+    saver = Saver(method, Settings(), events.Events(tmp_path), tmp_path, Collapse(method, events.Events(None)))
+    saver.save((1, 0), 4)
+    assert len(asked) == 2  # once more after older ones have gone
+    said = [e["text"] for e in events.read(tmp_path / "events.jsonl") if e["kind"] == "warning"]
+    assert re.fullmatch(
+        r"checkpoint at step 4 could not be written: the disk is full: \S+ MB take 1.2 times that to write, and \S+ MB are free; "
+        r"what was saved before is intact",
+        said[0],
+    )
+    saver.save((1, 1), 5)
+    with pytest.raises(CheckpointError, match=r"three checkpoints in a row .*the disk is full: "):
+        saver.save((1, 2), 6)
+    assert checkpoint.listed(tmp_path / "checkpoints") == [whole] and checkpoint.verify(whole)
+    monkeypatch.undo()
+    disk(int(1.2 * need))
+    saver.save((1, 3), 7)
+    assert checkpoint.listed(tmp_path / "checkpoints")[0].name == checkpoint.name_of(7)

@@ -47,6 +47,25 @@ def test_collapse_is_said_once_and_only_when_it_lasts(name, value, said, tmp_pat
     assert warned.startswith("collapse: ") and said in warned
 
 
+def test_a_run_in_pieces_says_what_a_whole_one_says_when_it_says_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(collapsing, "WINDOW", 16)  # two steps; five of them are ten
+    poor = {"epochs": 3, "kd_steps": 16}
+
+    def walked(name, *pieces):
+        (tmp_path / name).mkdir()
+        for piece in (*pieces, None):
+            method = small.prepared("noise", poor)
+            method.pool.images.fill_(77)
+            small.run(method, tmp_path / name, resume=True, max_steps=piece)
+        lines = events.read(tmp_path / name / "events.jsonl")
+        return [line.get("text") or f"epoch {line['epoch']}" for line in lines if line["kind"] == "epoch" or line.get("guard")]
+
+    whole = walked("whole")
+    assert [line.partition(":")[0] for line in whole] == ["epoch 0", "collapse", "collapse", "epoch 1", "epoch 2"]
+    for pieces in ((7,), (12, 9), (3, 3, 3, 3, 3, 3, 3, 3)):
+        assert walked(str(pieces), *pieces) == whole
+
+
 def test_a_student_that_was_not_trained_may_disagree(tmp_path):
     collapse = Collapse(small.prepared("noise"), events.Events(tmp_path))
     for _ in range(3):

@@ -135,6 +135,27 @@ def test_the_dump_holds_the_batch_of_the_step(monkeypatch, tmp_path):
     assert torch.equal(seen[-1], seen[-2])  # made again
 
 
+def test_the_dump_is_of_a_step_that_was_not_finite_also_where_good_ones_followed(monkeypatch, tmp_path):
+    """Steps 0, 1 and 2 of eight are bad, whenever they are done; all eight have been taken when the guard looks."""
+    method = small.prepared("noise", {"kd_steps": 8})
+    Plant(monkeypatch, "learn", lambda n: float("nan") if method.rng._key[1:] in [(1, "learn", i) for i in (0, 1, 2)] else None)
+    with pytest.raises(NumericalError, match=r" were not finite \(term kl\); its batch is in not-finite-\d+-r0.safetensors, and there"):
+        loop.run(method, loop.Settings(poll=10**6, every_minutes=1e6), events.Events(tmp_path), tmp_path)
+    from safetensors import safe_open
+
+    (path,) = tmp_path.glob("not-finite-*")
+    with safe_open(path, "pt") as f:
+        about = json.loads(f.metadata()["fastkd"])
+    assert (about["step"], about["epoch"], about["occurrence"]) == ("learn", 1, 2)
+
+
+def test_a_step_that_is_finite_when_it_is_done_again_leaves_no_dump_to_mislead(monkeypatch, tmp_path):
+    Plant(monkeypatch, "learn", nan(1, 2, 3))
+    with pytest.raises(NumericalError, match=r"; done again, that step is finite, so no batch is kept, and there is no"):
+        small.run(small.prepared("noise", {"kd_steps": 8}), tmp_path)
+    assert not list(tmp_path.glob("not-finite-*"))
+
+
 def test_a_run_that_recovers_with_lower_rates_goes_on_and_keeps_them(monkeypatch, tmp_path):
     method = small.prepared("fast", {"kd_steps": 8})
     Plant(monkeypatch, "learn", lambda n: float("nan") if n > 4 and method.pace.rate == 1.0 else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,10 +11,16 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
+from fastkd import ranks
+from fastkd.cli import main
 from fastkd.engine import launch
 from fastkd.errors import ConfigError
-from tests.cli.conftest import environment
+from tests import small
+from tests.cli.conftest import TINY, environment, sets
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -49,6 +56,28 @@ def test_sruns_variables_count_only_when_asked_for(monkeypatch):
     assert launch.is_rank("slurm")
     found = [launch.os.environ[name] for name in VARIABLES]
     assert found == ["3", "16", "1", "gpu07", "24242"]
+
+
+def inside_ray(rank, world, folder):
+    """What Ray Train has done when it calls a worker's function: a group for GPUs alone, and the variables of a rank."""
+    torch.set_num_threads(1)
+    dist.init_process_group("cuda:gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world), "NODE_RANK": "0"}
+    with pytest.raises(RuntimeError, match="No backend type associated with device type cpu"):
+        dist.all_reduce(torch.zeros(1))
+    words = ["run", "--device", "cpu", "--out", str(folder / "run"), *sets(*TINY, "poll=1", "checkpoint.every_steps=4")]
+    assert main(words) == 0
+    assert dist.is_initialized() and ranks.world() == world  # the group is its owner's, and so is the process
+    assert main([*words[:1], "--resume", *words[1:5]]) == 0
+    (folder / f"done-{rank}").touch()
+    small.end_of_rank()
+
+
+def test_ranks_whose_process_group_is_up_and_knows_no_cpu_are_joined_by_a_group_beside_it(tmp_path):
+    mp.spawn(inside_ray, (2, tmp_path), nprocs=2)
+    assert (tmp_path / "done-0").exists() and (tmp_path / "done-1").exists() and (tmp_path / "run" / "student.safetensors").exists()
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["ranks"] == 2
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
 
 
 @pytest.mark.parametrize(

@@ -130,22 +130,43 @@ def test_a_stop_signal_saves_and_leaves_with_75(tmp_path):
     with watched() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         code = loop.run(method, loop.Settings(poll=1, every_minutes=1e6), events.Events(tmp_path), tmp_path, stop)
-    assert code == 75 and checkpoint.newest(tmp_path / "checkpoints", []).manifest["step"] == 1
+    assert code == 75 and checkpoint.newest(tmp_path / "checkpoints", []).manifest["step"] == 0
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.fault("T4")
-def test_a_stop_in_the_last_steps_of_an_epoch_does_not_wait_for_the_evaluation(tmp_path):
+def test_a_stop_in_the_last_steps_of_an_epoch_does_not_wait_for_the_evaluation(tmp_path, monkeypatch):
     whole = small.prepared("fast")
     small.run(whole)
     method, stop = small.prepared("fast"), Stop()
-    stop.signal = signal.SIGTERM
+    original = loop.Guards.step
+
+    def step(guards, at):
+        stop.signal = signal.SIGTERM
+        original(guards, at)
+
+    monkeypatch.setattr(loop.Guards, "step", step)
     code = loop.run(method, loop.Settings(poll=10**6, every_minutes=1e6), events.Events(tmp_path), tmp_path, stop)
     assert code == 75 and events.curve(tmp_path / "events.jsonl") == []
+    assert checkpoint.newest(tmp_path / "checkpoints", []).manifest["step"] > 0
+    monkeypatch.undo()
     method = small.prepared("fast")
     assert small.run(method, tmp_path, resume=True) == 0
     assert [e["epoch"] for e in events.curve(tmp_path / "events.jsonl")] == [0, 1, 2]
     assert all(torch.equal(a, b) for a, b in zip(whole.student.parameters(), method.student.parameters(), strict=True))
+
+
+@pytest.mark.fault("T4")
+def test_a_stop_before_the_first_step_takes_none_and_a_time_limit_leaves_some(tmp_path):
+    whole = small.prepared("fast")
+    small.run(whole)
+    for name, stop in (("signal", Stop()), ("limit", Stop(0.0))):
+        stop.signal = signal.SIGTERM if name == "signal" else None
+        code = loop.run(small.prepared("fast"), loop.Settings(poll=2), events.Events(None), tmp_path / name, stop)
+        assert code == 75 and checkpoint.newest(tmp_path / name / "checkpoints", []).manifest["step"] == {"signal": 0, "limit": 2}[name]
+        method = small.prepared("fast")
+        assert small.run(method, tmp_path / name, resume=True) == 0
+        assert all(torch.equal(a, b) for a, b in zip(whole.student.parameters(), method.student.parameters(), strict=True))
 
 
 @pytest.mark.fault("T4")

@@ -61,6 +61,21 @@ def test_a_signal_to_the_launcher_saves_and_leaves_with_75(ranks, undisturbed, n
     assert ranks.student(name) == ranks.student(undisturbed)
 
 
+@pytest.mark.fault("T4")
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_a_signal_while_the_teacher_is_measured_leaves_with_75_and_a_checkpoint_of_the_start(ranks, undisturbed, gpus):
+    name, alone = f"teacher-{gpus}", gpus == 1
+    plant = {"rank": -1 if alone else 1, "at": "teacher", "do": "signal" if alone else "signal-launcher", "value": int(signal.SIGTERM)}
+    done = ranks.run(name, gpus=gpus, plant=plant)
+    assert done.returncode == 75, done.stderr
+    assert ranks.status(name)["state"] == "preempted" and "fastkd run --resume" in done.stderr
+    assert [p.name for p in checkpoint.listed(ranks.parent / name / "checkpoints")] == [checkpoint.name_of(0)]
+    ranks.nobody_is_left(name, 5)
+    again = ranks.run(name, "--resume", gpus=gpus)
+    assert again.returncode == 0, again.stderr
+    assert alone or ranks.student(name) == ranks.student(undisturbed)
+
+
 @pytest.mark.fault("T5")
 def test_a_second_signal_leaves_at_once_and_what_was_saved_is_whole(ranks, undisturbed):
     plant = {"rank": 0, "step": STEP, "do": "signal-launcher-twice", "value": int(signal.SIGTERM)}

@@ -13,6 +13,7 @@ from fastkd.engine.events import Events
 from fastkd.engine.loop import Settings
 from fastkd.engine.loop import run as walk_run
 from fastkd.errors import ConfigError
+from fastkd.memory import place
 from fastkd.tasks import plan as planning
 from fastkd.tasks.plan import free, plan
 from tests import small
@@ -142,3 +143,57 @@ def test_every_method_can_be_probed(variant):
     found = probe.probe(method, small.given_to(method), Settings())
     assert all(row["seconds"] > 0 for row in found["steps"]) and found["guards"] > 0 and not found["said"]
     assert walk_run(small.prepared(*variant), Settings(max_steps=2), Events(None), None) == 75
+
+
+def test_a_run_is_planned_for_the_gpu_that_it_would_use_and_its_host_memory_is_counted_apart(monkeypatch):
+    monkeypatch.setattr(place, "host_memory", lambda: 300 * 10**9)
+    monkeypatch.setattr(planning, "host_memory", lambda: 300 * 10**9)
+    constants = {"classes": 1000, "input_size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+    def at(world, gpu, **more):
+        asked = config.resolve("fast-imagenet-r50-r18", {"data": "none", "teacher": constants, **more})
+        return plan(asked, world, probed=False, device_memory=gpu)
+
+    pool = at(1, 320 << 30)["bytes"]["pool"]
+    assert pool > 81e9  # 540,000 images of 224²
+    alone = at(1, 80 << 30)
+    assert alone["host"]["pool"] > 81e9 and alone["host"]["pool"] + alone["bytes"]["pool"] == pool and alone["bytes"]["pool"] < 1e8
+    assert (alone["device"], alone["precision"], alone["fits"]) == ("cuda", "bf16", None)
+    assert alone["memory"]["available"] == 80 << 30 and alone["memory"]["held"] == sum(alone["bytes"].values()) < 1e9
+    assert alone["memory"]["host"]["machine"] == alone["host"]["pool"] and "in host memory" in " ".join(alone["notes"])
+    two = at(2, 100 << 30)
+    assert not two["host"] and two["bytes"]["pool"] == pytest.approx(pool / 2, rel=1e-3)
+    assert "sharded over 2 ranks" in " ".join(two["notes"])
+    four = at(4, 20 << 30, memory={"images": "replicated", "tier": "host"})
+    assert four["memory"]["host"]["machine"] == 4 * four["host"]["pool"] and four["fits"] is False
+    on_cpu = at(1, None, device="cpu", memory={"tier": "host"})
+    assert not on_cpu["host"] and on_cpu["bytes"]["pool"] == pool and "host" not in on_cpu["memory"] and on_cpu["precision"] == "fp32"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs are here")
+def test_which_device_a_run_would_use():
+    for name, world in (("auto", 1), ("cpu", 1), ("cpu", 8)):
+        assert (assemble.target(name, world).name, assemble.target(name, world).on_gpu) == ("cpu", False)
+    several, stated, named = assemble.target("auto", 8), assemble.target("auto", 1, 24 << 30), assemble.target("cuda:1")
+    found = [(t.name, t.memory >> 30, t.here) for t in (several, stated, named)]
+    assert found == [("cuda", 80, None), ("cuda", 24, None), ("cuda:1", 80, None)]
+    assert "80 GiB is assumed" in named.said[0] and not stated.said
+    # Eight ranks share the host's memory, also where nothing of them is running.
+    assert several.places("auto", "auto").host_bytes == assemble.target("cuda").places("auto", "auto").host_bytes // 8
+    with pytest.raises(ConfigError, match="--device-memory is that of a GPU"):
+        assemble.target("cpu", 1, 24 << 30)
+
+
+def test_steps_are_tried_on_the_cpu_for_a_gpu_that_is_elsewhere(monkeypatch):
+    given = {"method": MUSE, "precision": "fp32"}
+    here = plan(config.resolve("muse-digits", {**given, "device": "cpu"}))
+    there = plan(config.resolve("muse-digits", {**given, "device": "cuda:7"}), device_memory=10 << 30)
+    assert (there["device"], there["measured_on"], here["measured_on"]) == ("cuda:7", "cpu", "cpu")
+    assert there["memory"]["activations"] == pytest.approx(here["memory"]["activations"], rel=0.05) and there["fits"] is True
+    assert there["memory"]["host"]["checkpoint"] == there["checkpoint"]["peak"] > 0
+    small = plan(config.resolve("muse-digits", {**given, "device": "cuda:7"}), device_memory=there["memory"]["held"] + 1_000_000)
+    assert small["fits"] is False and small["hours"] > 0
+    monkeypatch.setattr(planning, "free", lambda device: 10**6)
+    monkeypatch.setattr(probe, "probe", lambda *a, **k: pytest.fail("this machine is too small for what the GPU can hold"))
+    unknown = plan(config.resolve("muse-digits", {**given, "device": "cuda:7"}), device_memory=10 << 30)
+    assert unknown["fits"] is None and "no step can be tried here" in unknown["why"]

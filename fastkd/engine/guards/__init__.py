@@ -84,7 +84,7 @@ class Guards:
         self.finite = Finite(method.device)
         self.backoff = Backoff(method, events, out)
         self.collapse = Collapse(method, events)
-        self._last: dict[str, Position] = {}
+        self._taken: dict[str, list[Position]] = {}  # since the last look, by name
 
     def step(self, at: Position) -> None:
         """Do a step, again where memory ran out; what is not finite in it moves neither weights (`Method.minimise`) nor buffers.
@@ -124,7 +124,13 @@ class Guards:
         if self.method.updated():
             self.snapshot.mask(self.method.not_finite())
             self.finite.note(at.name, self.method.not_finite())
-            self._last[at.name] = at
+            self._note(at)
+
+    def _note(self, at: Position) -> None:
+        """That a step with an update was taken, once."""
+        taken = self._taken.setdefault(at.name, [])
+        if not taken or taken[-1] is not at:
+            taken.append(at)
 
     def _replayed(self, at: Position) -> bool:
         """Whether a captured graph has done the step, with all that is done for it on the device."""
@@ -141,8 +147,8 @@ class Guards:
         variant = (at.name, at.args, self.method.pace.parts)
         if not self.graphs.take(variant, self.snapshot.layout(), body):
             return False
-        if at.name in self._last:
-            self._last[at.name] = at
+        if at.name in self.finite.names():
+            self._note(at)  # a graph counts on the device alone
         return True
 
     def _free(self) -> None:
@@ -163,21 +169,22 @@ class Guards:
         (stopping, *worst), counted = found[: len(flags)], found[len(flags) :]
         names = [name for name, n in zip(self.finite.names(), worst, strict=True) if n]
         self.collapse.judge_counted(counted)
+        taken, self._taken = self._taken, {}
         if names:
-            self._not_finite(names[0])
+            self._not_finite(names[0], taken.get(names[0], []))
         return bool(stopping)
 
-    def _not_finite(self, name: str) -> None:
+    def _not_finite(self, name: str, taken: list[Position]) -> None:
         bad = [n for n, v in self.method.log.read().items() if n.startswith(f"{name}.") and not math.isfinite(v)]
         said = f"{IN_A_ROW} '{name}' steps in a row were not finite"
         if bad:
             said += f" (term {bad[0].removeprefix(f'{name}.')})"
-        if self.out is not None and name in self._last:
+        ago = self.finite.ago(name)  # good ones may have followed
+        if self.out is not None and ago < len(taken):
             self.snapshot.restore()  # cursors of the last step, so that where it is this one its batch is the same again
             with self.cast():
-                path = dump(self.method, self._last[name], self.out)
+                said += dump(self.method, taken[-1 - ago], self.out)
             self.method.step_ends()
-            said += f"; the last batch is in {path.name}" if path else ""
         if self.method.pace.rolled_back:
             lower = "the last checkpoint is finite: lower the learning rates, and start anew with another --out"
             raise NumericalError(f"{said}, also after a roll-back with learning rates times {LR_FACTOR}; {lower}.")

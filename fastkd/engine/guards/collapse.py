@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd import ranks
 from fastkd.engine.events import Events
 from fastkd.method import Method
 
@@ -49,7 +50,7 @@ THRESHOLDS = {
 
 
 class Collapse:
-    """Compares what student steps see, and the health of each epoch, with the thresholds; warns once for each, again after a restart."""
+    """Compares what student steps see, and the health of each epoch, with the thresholds; warns once for each."""
 
     def __init__(self, method: Method, events: Events):
         self.method, self.events = method, events
@@ -106,6 +107,19 @@ class Collapse:
             "confidence": confidence / answers,
         }
         self._judge("windows", WINDOWS, health | ({"distance": distance / calls} if calls else {}))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that a run that is continued says what an undisturbed one says, when it says it. A collective."""
+        return {"said": sorted(self._said), "low": self._low, "counted": ranks.total(self._sums).tolist()}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on from a `state`; what was said since stays said."""
+        self._said |= set(saved["said"])
+        for kind, low in saved["low"].items():
+            self._low[kind].update(low)
+        self._sums.zero_()
+        if ranks.rank() == 0:  # who holds the sum does not matter
+            self._sums.copy_(torch.tensor(saved["counted"], dtype=self._sums.dtype))
 
     def clear(self) -> None:
         """Forget what was counted and how often it was low: the run has gone back. What was said stays said."""

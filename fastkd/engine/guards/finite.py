@@ -21,7 +21,8 @@ IN_A_ROW = 3
 
 
 class Finite:
-    """How many steps of a name in a row were not finite: now, and at most since the start; [2] on the device for each name."""
+    """How many steps of a name in a row were not finite: now, and at most since the start; how many there were, and how many when that
+    longest row had its newest one: [4] on the device for each name."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -30,10 +31,10 @@ class Finite:
     def note(self, name: str, skip: Tensor) -> None:
         """Count a step; `skip` [] is 1 where it was not finite."""
         if name not in self._rows:
-            self._rows[name] = torch.zeros(2, device=self.device)
+            self._rows[name] = torch.zeros(4, device=self.device, dtype=torch.float64)
         row = self._rows[name]
-        now = (row[0] + 1) * skip
-        row.copy_(torch.stack([now, torch.maximum(row[1], now)]))
+        now, count = (row[0] + 1) * skip, row[2] + 1
+        row.copy_(torch.stack([now, torch.maximum(row[1], now), count, torch.where(now > row[1], count, row[3])]))
 
     def names(self) -> list[str]:
         return list(self._rows)
@@ -42,15 +43,23 @@ class Finite:
         """[] the longest row of each name, in the order of `names`."""
         return [row[1] for row in self._rows.values()]
 
+    def ago(self, name: str) -> int:
+        """How many steps of this name have followed the newest one of the longest row; read from the device."""
+        _, _, count, at = self._rows[name].tolist()
+        return int(count - at)
+
     def clear(self) -> None:
         for row in self._rows.values():
             row.zero_()
 
 
-def dump(method: Method, at: Position, out: Path) -> Path | None:
+def dump(method: Method, at: Position, out: Path) -> str:
     """Do a step again and write what the networks were given and answered, this rank's rows, to `not-finite-STEP-rR.safetensors`.
 
-    A collective: every rank calls it. None where the file could not be written, which must not hide what happened.
+    A collective: every rank calls it.
+
+    Returns:
+      what became of it, as the end of a sentence; empty where the file could not be written, which must not hide what happened.
     """
     seen: dict[str, Tensor] = {}
 
@@ -70,10 +79,12 @@ def dump(method: Method, at: Position, out: Path) -> Path | None:
     finally:
         for hook in hooks:
             hook.remove()
+    if not method.not_finite() > 0:  # weights or cursors have moved since; a good batch would mislead
+        return "; done again, that step is finite, so no batch is kept"
     about = {"step": at.name, "arguments": list(at.args), "epoch": at.epoch, "occurrence": at.occurrence, "done": at.done, "seed": at.seed}
     path = out / f"not-finite-{at.done:08d}-r{ranks.rank()}.safetensors"
     try:
         write_atomic(path, tensor_bytes(seen, {"fastkd": json.dumps(about)}))
     except OSError:
-        return None
-    return path
+        return ""
+    return f"; its batch is in {path.name}"

@@ -5,6 +5,7 @@ PLANT is JSON, the arguments of `plant`. Tests that start their processes in ano
 
 import contextlib
 import errno
+import importlib
 import json
 import os
 import resource
@@ -21,6 +22,8 @@ def act(do, value):
         os.kill(os.getppid(), signal.SIGKILL)
     elif do == "signal-launcher":
         os.kill(os.getppid(), value)
+    elif do == "signal":
+        os.kill(os.getpid(), value)
     elif do == "signal-launcher-twice":
         os.kill(os.getppid(), value)
         time.sleep(1.5)
@@ -107,6 +110,28 @@ def in_evaluation(here):
     before(loop, "evaluate", here)
 
 
+def measuring_the_teacher(here):
+    """Between two batches of the teacher's evaluation, before the first step."""
+    from fastkd.engine import evaluation
+
+    execute = importlib.import_module("fastkd.assemble.execute")  # whose name in the package is its function's
+    original, measured = evaluation.batches, execute._measured
+
+    def batches(*args, **kw):
+        for batch in original(*args, **kw):
+            here()
+            yield batch
+
+    def within(job, stop):
+        evaluation.batches = batches
+        try:
+            return measured(job, stop)
+        finally:
+            evaluation.batches = original
+
+    execute._measured = within
+
+
 def before_write(here):
     """Between two files of a checkpoint."""
     from fastkd.engine import checkpoint
@@ -172,8 +197,8 @@ def joined(here):
 
 
 PLACES = {
-    "step": after_step, "update": in_step, "evaluation": in_evaluation, "write": before_write, "half-write": half_written,
-    "rename": before_rename, "latest": before_latest, "prune": while_pruned, "joined": joined,
+    "step": after_step, "update": in_step, "evaluation": in_evaluation, "teacher": measuring_the_teacher, "write": before_write,
+    "half-write": half_written, "rename": before_rename, "latest": before_latest, "prune": while_pruned, "joined": joined,
 }  # fmt: skip
 
 

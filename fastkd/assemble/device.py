@@ -1,0 +1,33 @@
+"""The device and the precision that a name stands for on this machine."""
+
+from __future__ import annotations
+
+import torch
+
+from fastkd.errors import ConfigError, PlaceError
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a name; `auto` is a GPU where there is one. Without a number it is the current one, a rank's own.
+
+    Raises:
+      ConfigError: not a device name. PlaceError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"unknown device '{name}'; expected auto, cpu, cuda or cuda:N.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device '{name}' is not supported; expected auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise PlaceError(
+            f"device '{name}' is not there: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; use --device cpu."
+        )
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
+
+
+def resolve_precision(name: str | None, *, on_gpu: bool) -> str:
+    """bf16 on a GPU, fp32 on a CPU, unless named."""
+    return name or ("bf16" if on_gpu else "fp32")
