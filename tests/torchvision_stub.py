@@ -10,6 +10,9 @@ and data sets (and for timm, which imports it). Detection operators and native i
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import torch
 
 SCHEMAS = (  # those for which torchvision registers a fake kernel at import
@@ -20,11 +23,22 @@ _library: torch.library.Library | None = None  # the definitions live as long as
 
 
 def define() -> None:
-    """Declare the operators once, and only where torchvision's own library does not: beside a CUDA build of torch it loads, and would
-    end the process if it found them declared."""
+    """Declare the operators once, and only where torchvision's own library does not: it would end the process if it found them declared."""
     global _library
-    if _library is not None or torch.version.cuda is not None or hasattr(torch.ops.torchvision, "nms"):
+    if _library is not None or _loads() or hasattr(torch.ops.torchvision, "nms"):
         return
     _library = torch.library.Library("torchvision", "DEF")
     for schema in SCHEMAS:
         _library.define(schema)
+
+
+def _loads() -> bool:
+    """Whether torchvision is installed and its library loads beside this torch, as its own import would do it."""
+    package = importlib.util.find_spec("torchvision")
+    if package is None or package.origin is None:
+        return False
+    try:
+        torch.ops.load_library(Path(package.origin).with_name("_C.so"))
+    except OSError:  # made for another build of torch
+        return False
+    return True

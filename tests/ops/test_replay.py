@@ -183,6 +183,7 @@ def test_refused(backend, device):
 def test_opcheck(cpp):
     images, index = _store(torch.uint8), torch.tensor([1, 0, 4])
     off, flip, mean = torch.tensor([0, 1, 4]), torch.tensor([True, False, True]), torch.rand(3)
+    ops.replay_gather(images, index)  # the first use registers the op
     for size, mode, last in ((None, "bilinear", True), ([5, 3], "bilinear", False), ([5, 3], "nearest", True)):
         arguments = (images, index, off, off, flip, 2, mean, mean, size, mode, last, torch.float32)
         torch.library.opcheck(torch.ops.fastkd.replay_gather.default, arguments)
