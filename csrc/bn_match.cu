@@ -5,7 +5,7 @@
 // workspace state: the same bits every time.
 //   NCHW: a piece is one channel of `per` images.
 //   NHWC: a piece is `per` rows of up to 64 channels; a thread keeps the channels of its vector and walks down the rows.
-// Backward: a matrix of planes by positions (NCHW) or of positions by channels (NHWC), row by row.
+// Backward: a block takes such a piece of NCHW, and of NHWC a few rows.
 #include "bn_match.h"
 #include "common.cuh"
 
@@ -78,28 +78,39 @@ __device__ void one(const Fwd<T>& p, int64_t at, const Pack<T, V>& x, const Chan
   store_pack<V>(p.y + at, v);
 }
 
-template <class T, int V> __global__ void __launch_bounds__(kThreads) bn_fwd_nchw_kernel(const Fwd<T> p) {
-  using A = typename Acc<T>::type;
-  const int64_t g = blockIdx.x / p.c, ch = blockIdx.x % p.c, width = p.hw / V;
-  const int64_t end = min(p.n, (g + 1) * p.per), down = kThreads / width, right = kThreads % width;
-  int64_t i = g * p.per + threadIdx.x / width, j = threadIdx.x % width;
-  const Channels<A, V> k(p.shift, p.scale, p.bias, ch, 0);
-  A s1[V] = {}, s2[V] = {};
+// Where the vectors of a thread lie in a piece of NCHW (channel `ch` of `per` images from `first`), kAhead at a time; -1: none is left.
+// 32-bit division: one of 64 bits costs as much as the work on a vector.
+template <int V, class F> __device__ void each_batch(int64_t first, int64_t end, int64_t c, int64_t ch, int64_t hw, const F& visit) {
+  const unsigned width = unsigned(hw / V), down = kThreads / width, right = kThreads % width;
+  int64_t i = first + threadIdx.x / width;
+  unsigned j = threadIdx.x % width;
   while (i < end) {
-    Pack<T, V> x[kAhead];
     int64_t at[kAhead];
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
-      at[u] = i < end ? (i * p.c + ch) * p.hw + j * V : -1;
-      if (at[u] >= 0) x[u] = load_pack<V>(p.x + at[u]);
+      at[u] = i < end ? (i * c + ch) * hw + int64_t(j) * V : -1;
       i += down;
       j += right;
       if (j >= width) j -= width, ++i;
     }
+    visit(at);
+  }
+}
+
+template <class T, int V> __global__ void __launch_bounds__(kThreads) bn_fwd_nchw_kernel(const Fwd<T> p) {
+  using A = typename Acc<T>::type;
+  const unsigned g = blockIdx.x / unsigned(p.c), ch = blockIdx.x % unsigned(p.c);
+  const Channels<A, V> k(p.shift, p.scale, p.bias, ch, 0);
+  A s1[V] = {}, s2[V] = {};
+  each_batch<V>(g * p.per, min(p.n, (g + 1) * p.per), p.c, ch, p.hw, [&](const int64_t (&at)[kAhead]) {
+    Pack<T, V> x[kAhead];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u)
+      if (at[u] >= 0) x[u] = load_pack<V>(p.x + at[u]);
 #pragma unroll
     for (int u = 0; u < kAhead; ++u)
       if (at[u] >= 0) one<T, V>(p, at[u], x[u], k, s1, s2);
-  }
+  });
   A t1 = 0, t2 = 0;
   for (int q = 0; q < V; ++q) t1 += s1[q], t2 += s2[q];
   store_block_sums<kThreads>(t1, t2, p.partial + 2 * g * p.c + ch, p.c);
@@ -109,7 +120,8 @@ template <class T, int V> __global__ void __launch_bounds__(kThreads) bn_fwd_nch
 template <class T, int V> __global__ void __launch_bounds__(kThreads) bn_fwd_nhwc_kernel(const Fwd<T> p) {
   using A = typename Acc<T>::type;
   const int wide = blockDim.x * V;
-  const int64_t blocks = (p.c + wide - 1) / wide, g = blockIdx.x / blocks, c0 = blockIdx.x % blocks * wide;
+  const unsigned blocks = unsigned((p.c + wide - 1) / wide);
+  const int64_t g = blockIdx.x / blocks, c0 = int64_t(blockIdx.x % blocks) * wide;
   const int64_t ch = c0 + threadIdx.x * V, end = min(p.n * p.hw, (g + 1) * p.per);
   A s1[V] = {}, s2[V] = {};
   if (ch < p.c) {
@@ -164,7 +176,7 @@ template <class T> struct Bwd {
   const T *gy, *x, *residual;
   const A *gsums, *scale, *bias, *shift;
   T *dx, *dresidual;
-  int64_t c, rows, cols;
+  int64_t n, c, hw, per;
   int act;
   A slope;
 };
@@ -182,22 +194,29 @@ template <class A, int V> struct Slopes : Channels<A, V> {
   }
 };
 
-template <class T, int V, class A> __device__ void one(const Bwd<T>& p, int64_t at, const Slopes<A, V>& k) {
-  const Pack<T, V> x = load_pack<V>(p.x + at);
+// What backward reads of a vector. All of a thread's are asked for before the first is used.
+template <class T, int V> struct Read {
+  Pack<T, V> x, gy, residual;
+
+  __device__ void from(const Bwd<T>& p, int64_t at) {
+    x = load_pack<V>(p.x + at);
+    if (p.gy) gy = load_pack<V>(p.gy + at);
+    if (p.gy && p.residual) residual = load_pack<V>(p.residual + at);
+  }
+};
+
+template <class T, int V, class A> __device__ void one(const Bwd<T>& p, int64_t at, const Read<T, V>& in, const Slopes<A, V>& k) {
   A d[V] = {};
   if (p.gsums)  // else 0 also where x is not finite
-    for (int q = 0; q < V; ++q) d[q] = k.g1[q] + k.g2[q] * (A(load(x.v[q])) - k.shift[q]);
+    for (int q = 0; q < V; ++q) d[q] = k.g1[q] + k.g2[q] * (A(load(in.x.v[q])) - k.shift[q]);
   if (p.gy) {
-    const Pack<T, V> gy = load_pack<V>(p.gy + at);
     A pre[V], g[V];
     for (int q = 0; q < V; ++q) {
-      pre[q] = load(x.v[q]) * k.scale[q] + k.bias[q];
-      g[q] = load(gy.v[q]);
+      pre[q] = load(in.x.v[q]) * k.scale[q] + k.bias[q];
+      g[q] = load(in.gy.v[q]);
     }
-    if (p.residual) {
-      const Pack<T, V> r = load_pack<V>(p.residual + at);
-      for (int q = 0; q < V; ++q) pre[q] += load(r.v[q]);
-    }
+    if (p.residual)
+      for (int q = 0; q < V; ++q) pre[q] += load(in.residual.v[q]);
     mask<V>(pre, g, p.act, p.slope);
     if (p.dresidual) store_pack<V>(p.dresidual + at, g);
     for (int q = 0; q < V; ++q) d[q] += g[q] * k.scale[q];
@@ -205,26 +224,38 @@ template <class T, int V, class A> __device__ void one(const Bwd<T>& p, int64_t 
   store_pack<V>(p.dx + at, d);
 }
 
-// blockDim: x vectors of a row, y rows at a time. Rows are planes, channel = row % c.
-template <class T, int V> __global__ void __launch_bounds__(kThreads) bn_bwd_nchw_kernel(const Bwd<T> p) {
+// A block takes one channel of `per` images, as forward does.
+template <class T, int V> __global__ void __launch_bounds__(kThreads, 3) bn_bwd_nchw_kernel(const Bwd<T> p) {
   using A = typename Acc<T>::type;
-  for (int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; row < p.rows; row += int64_t(gridDim.x) * blockDim.y) {
-    const Slopes<A, V> k(p, row % p.c, 0);
-#pragma unroll 2
-    for (int64_t col = threadIdx.x * V; col < p.cols; col += blockDim.x * V) one<T, V>(p, row * p.cols + col, k);
-  }
+  const unsigned g = blockIdx.x / unsigned(p.c), ch = blockIdx.x % unsigned(p.c);
+  const Slopes<A, V> k(p, ch, 0);
+  each_batch<V>(g * p.per, min(p.n, (g + 1) * p.per), p.c, ch, p.hw, [&](const int64_t (&at)[kAhead]) {
+    Read<T, V> in[kAhead];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u)
+      if (at[u] >= 0) in[u].from(p, at[u]);
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u)
+      if (at[u] >= 0) one<T, V>(p, at[u], in[u], k);
+  });
 }
 
-// The same with channels in a row: a thread keeps its channels.
-template <class T, int V> __global__ void __launch_bounds__(kThreads) bn_bwd_nhwc_kernel(const Bwd<T> p) {
+// blockDim: x vectors of channels, y rows at a time; a thread takes kAhead rows of its channels.
+template <class T, int V> __global__ void __launch_bounds__(kThreads, 3) bn_bwd_nhwc_kernel(const Bwd<T> p) {
   using A = typename Acc<T>::type;
   const int wide = blockDim.x * V;
-  const int64_t blocks = (p.cols + wide - 1) / wide, ch = blockIdx.x % blocks * wide + threadIdx.x * V;
-  if (ch >= p.cols) return;
+  const unsigned blocks = unsigned((p.c + wide - 1) / wide);
+  const int64_t ch = int64_t(blockIdx.x % blocks) * wide + threadIdx.x * V, rows = p.n * p.hw;
+  if (ch >= p.c) return;
+  const int64_t row = int64_t(blockIdx.x / blocks) * kAhead * blockDim.y + threadIdx.y;
+  Read<T, V> in[kAhead];
+#pragma unroll
+  for (int u = 0; u < kAhead; ++u)
+    if (row + u * blockDim.y < rows) in[u].from(p, (row + u * blockDim.y) * p.c + ch);
   const Slopes<A, V> k(p, ch, 1);
-  const int64_t step = gridDim.x / blocks * blockDim.y;
-#pragma unroll 2
-  for (int64_t row = blockIdx.x / blocks * blockDim.y + threadIdx.y; row < p.rows; row += step) one<T, V>(p, row * p.cols + ch, k);
+#pragma unroll
+  for (int u = 0; u < kAhead; ++u)
+    if (row + u * blockDim.y < rows) one<T, V>(p, (row + u * blockDim.y) * p.c + ch, in[u], k);
 }
 
 // Vectors of a row side by side, and rows, in a block: as many vectors as the row has, up to `most`.
@@ -267,22 +298,20 @@ void bn_fwd_cuda(const BnParams& p, void* stream) {
 void bn_bwd_cuda(const BnGradParams& p, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   const Sizes& z = p.s;
-  const bool last = z.layout == kNHWC;
-  const int64_t rows = last ? z.n * z.hw : z.n * z.c, cols = last ? z.c : z.hw;
   with_type(z.dtype, [&](auto t) {
     using T = decltype(t);
     using A = typename Acc<T>::type;
     const Bwd<T> b{(const T*)p.gy, (const T*)p.x, (const T*)p.residual, (const A*)p.gsums, (const A*)p.scale, (const A*)p.bias,
-                   (const A*)p.shift, (T*)p.dx, (T*)p.dresidual, z.c, rows, cols, p.act, A(p.slope)};
-    with_vector<T>(cols, {p.x, p.gy, p.residual, p.dx, p.dresidual}, [&](auto v) {
+                   (const A*)p.shift, (T*)p.dx, (T*)p.dresidual, z.n, z.c, z.hw, z.per, p.act, A(p.slope)};
+    // Wider vectors take so many registers that a processor holds one block, and nothing is under way while it computes.
+    with_vector<T, 4>(z.layout == kNCHW ? z.hw : z.c, {p.x, p.gy, p.residual, p.dx, p.dresidual}, [&](auto v) {
       constexpr int V = decltype(v)::value;
-      const dim3 block = shape((cols + V - 1) / V, last ? 64 / V : kThreads);
-      if (last) {
-        const int64_t blocks = (cols + block.x * V - 1) / (block.x * V);
-        const int64_t groups = blocks_for(rows, kAhead * block.y), most = (4096 + blocks - 1) / blocks;
-        bn_bwd_nhwc_kernel<T, V><<<unsigned(blocks * (groups < most ? groups : most)), block, 0, s>>>(b);
+      if (z.layout == kNCHW) {
+        bn_bwd_nchw_kernel<T, V><<<unsigned(z.groups * z.c), kThreads, 0, s>>>(b);
       } else {
-        bn_bwd_nchw_kernel<T, V><<<blocks_for(rows, block.y), block, 0, s>>>(b);
+        const dim3 block = shape((z.c + V - 1) / V, 64 / V);
+        const int64_t blocks = (z.c + block.x * V - 1) / (block.x * V), tall = kAhead * block.y;
+        bn_bwd_nhwc_kernel<T, V><<<unsigned(blocks * ((z.n * z.hw + tall - 1) / tall)), block, 0, s>>>(b);
       }
     });
     check_launch("bn_bwd", z.n, z.c, z.hw);

@@ -51,13 +51,14 @@ template <int V, class T, class A> __device__ inline void store_pack(T* p, const
 
 template <int k> struct Int { static constexpr int value = k; };
 
-// Calls f(Int<V>) with the widest vector (16 or 8 bytes, or one element) that fits rows of `length` elements at these addresses.
-template <class T, class F> void with_vector(int64_t length, std::initializer_list<const void*> at, const F& f) {
-  constexpr int kFull = 16 / int(sizeof(T)), kHalf = kFull / 2;
+// Calls f(Int<V>) with the widest vector (16 or 8 bytes and at most kMost elements, or one element) that fits rows of `length` elements
+// at these addresses.
+template <class T, int kMost = 8, class F> void with_vector(int64_t length, std::initializer_list<const void*> at, const F& f) {
+  constexpr int kWide = 16 / int(sizeof(T)), kFull = kWide < kMost ? kWide : kMost, kHalf = kWide / 2;
   size_t bits = 0;
   for (const void* p : at) bits |= reinterpret_cast<size_t>(p);
-  if (length % kFull == 0 && bits % 16 == 0) f(Int<kFull>{});
-  else if (kHalf > 1 && length % kHalf == 0 && bits % 8 == 0) f(Int<kHalf>{});
+  if (length % kFull == 0 && bits % (kFull * sizeof(T)) == 0) f(Int<kFull>{});
+  else if (kHalf > 1 && kHalf < kFull && length % kHalf == 0 && bits % 8 == 0) f(Int<kHalf>{});
   else f(Int<1>{});
 }
 

@@ -15,15 +15,19 @@ _ACT = {"none": 0, "relu": 1, "relu6": 2, "leaky_relu": 3}
 _KIND = {"l2": 0, "gauss_kl": 1}
 
 
-def pieces(n: int, c: int, hw: int, layout: int, cuda: bool) -> tuple[int, int]:
-    """How a sum over [n, c, hw] is cut: (number of pieces, images or rows a piece). Shape decides, never the thread count."""
+def pieces(n: int, c: int, hw: int, layout: int, gpu: bool, plane: int = 4096) -> tuple[int, int]:
+    """How a sum over [n, c, hw] is cut: (number of pieces, images or rows a piece). Shape decides, never the thread count.
+
+    Args:
+      gpu: for kernels of a GPU. plane: elements of a channel in a piece of NCHW, about.
+    """
     if n * c * hw == 0:
         return 0, 1
     if layout == NCHW:
-        per = min(max(4096 // hw, 1), n)
+        per = min(max(plane // hw, 1), n)
         return -(-n // per), per
     rows = n * hw
-    if cuda:
+    if gpu:
         per = max(256, -(-rows // max(512 // -(-c // 64), 1)))  # a block takes 64 channels; some 512 blocks
     else:
         per = max(256, min(65536 // c, rows // 64))  # of a quarter megabyte, where that leaves enough of them
@@ -35,7 +39,8 @@ def _sizes(x: Tensor) -> tuple[Any, int]:
     n, c = x.shape[:2]
     hw = x.numel() // max(n * c, 1) if n * c else 0
     layout = NHWC if hw == 1 or not x.is_contiguous() else NCHW
-    groups, per = pieces(n, c, hw, layout, x.is_cuda)
+    # On a GPU a block's threads then have four vectors each under way.
+    groups, per = pieces(n, c, hw, layout, x.is_cuda, 8192 if x.is_cuda else 4096)
     return _native.sizes(n, c, hw, groups, per, _native.DTYPE[x.dtype], layout), groups
 
 
