@@ -1,27 +1,12 @@
-// CUDA kernels of BatchNorm with batch statistics and activation. Memory-bound: activation and bias are run-time branches, equal for
-// all threads. The sums of backward are cut as those of bn_match.cu are; a second kernel adds the partials in a fixed order, without
-// atomics. The passes move 16 bytes a thread where the rows allow it.
+// CUDA kernels of BatchNorm with batch statistics and activation. Activation and bias are run-time branches, equal for all threads of a
+// launch and taken once a vector.
 #include "bn_act.h"
-#include "common.cuh"
+#include "bn_cuda.cuh"
 
 namespace fastkd {
 namespace {
 
-constexpr int kThreads = 256, kX = 32, kY = 8;
-
-// NaN passes as in torch: every comparison is false for it.
-template <class A> __device__ A activate(A v, int act, A slope) {
-  if (act == kRelu) return v <= A(0) ? A(0) : v;
-  if (act == kRelu6) return v <= A(0) ? A(0) : (v >= A(6) ? A(6) : v);
-  if (act == kLeakyRelu) return v > A(0) ? v : v * slope;
-  return v;
-}
-template <class A> __device__ A masked(A v, A g, int act, A slope) {
-  if (act == kRelu) return v <= A(0) ? A(0) : g;
-  if (act == kRelu6) return v <= A(0) || v >= A(6) ? A(0) : g;
-  if (act == kLeakyRelu) return v > A(0) ? g : g * slope;
-  return g;
-}
+constexpr int kThreads = 256;
 
 // One thread a channel.
 template <class A> __global__ void bn_stats_kernel(const A* sums, const A* shift, const A* weight, A* stats, int64_t c, double n, double eps) {
@@ -35,120 +20,112 @@ template <class A> __global__ void bn_stats_kernel(const A* sums, const A* shift
   stats[kScale * c + i] = A(weight ? rstd * double(weight[i]) : rstd);
 }
 
-template <class T> struct Pass {
-  using A = typename Acc<T>::type;
-  const T *gy, *x;
-  T* out;
-  const A *stats, *bias, *gsums;
-  double* partial;
-  int64_t n, c, hw, groups, per, total;
-  int act, layout;
-  A slope, inverse;  // inverse: 1 / count
+// Vectors side by side of V channels (NHWC: step 1), or one channel for all of them (NCHW: step 0).
+template <class A, int V> struct Norm {
+  A mean[V], scale[V], bias[V];
 
-  __device__ A pre(A d, int64_t ch) const { return d * stats[kScale * c + ch] + (bias ? bias[ch] : A(0)); }
-  __device__ A forward(A v, int64_t ch) const { return activate(pre(v - stats[kMean * c + ch], ch), act, slope); }
-  __device__ A backward(A v, A grad, int64_t ch) const {
-    const A d = v - stats[kMean * c + ch], g = masked(pre(d, ch), grad, act, slope);
-    return stats[kScale * c + ch] * (g - (gsums[ch] + stats[kRstd * c + ch] * d * gsums[c + ch]) * inverse);
+  template <class P> __device__ Norm(const P& p, int64_t ch, int64_t step) {
+    for (int q = 0; q < V; ++q) {
+      mean[q] = p.stats[kMean * p.c + ch + q * step];
+      scale[q] = p.stats[kScale * p.c + ch + q * step];
+      bias[q] = p.bias ? p.bias[ch + q * step] : A(0);
+    }
   }
 };
 
-// kVec neighbours a thread: of one channel (NCHW, hw a multiple of kVec) or of as many channels (NHWC, c a multiple). I: 32-bit
-// indices where the tensor allows, because of the divisions.
-template <class T, class I, int kVec> __global__ void bn_act_kernel(const Pass<T> p) {
-  using P = Pack<T, kVec>;
-  const I c = I(p.c), hw = I(p.hw);
-  for (int64_t e = int64_t(blockIdx.x) * kThreads + threadIdx.x; e < p.total / kVec; e += int64_t(gridDim.x) * kThreads) {
-    const I at = I(e * kVec), ch = p.layout == kNHWC ? at % c : at / hw % c;
-    const P x = reinterpret_cast<const P*>(p.x)[e];
-    P out;
-    if (p.gy) out = reinterpret_cast<const P*>(p.gy)[e];
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      const I own = p.layout == kNHWC ? ch + i : ch;
-      store(out.v[i], p.gy ? p.backward(load(x.v[i]), load(out.v[i]), own) : p.forward(load(x.v[i]), own));
+template <class T> struct Fwd {
+  using A = typename Acc<T>::type;
+  const T* x;
+  T* y;
+  const A *stats, *bias;
+  int64_t n, c, hw, per;
+  int act;
+  A slope;
+
+  template <int V> using Constants = Norm<A, V>;
+  template <int V> struct In {
+    Pack<T, V> x;
+    __device__ void from(const Fwd& p, int64_t at) { x = load_pack<V>(p.x + at); }
+  };
+
+  template <int V> __device__ void apply(int64_t at, const In<V>& in, const Constants<V>& k, A (&)[V], A (&)[V]) const {
+    A v[V];
+    for (int q = 0; q < V; ++q) v[q] = (A(load(in.x.v[q])) - k.mean[q]) * k.scale[q] + k.bias[q];
+    activate<V>(v, act, slope);
+    store_pack<V>(y + at, v);
+  }
+};
+
+// What both passes of backward read, and the gradient behind the activation.
+template <class T> struct Bwd {
+  using A = typename Acc<T>::type;
+  const T *gy, *x;
+  T* dx;
+  const A *stats, *bias, *gsums;
+  double* partial;
+  int64_t n, c, hw, per;
+  int act;
+  A slope, inverse;  // 1 / count
+
+  template <int V> struct In {
+    Pack<T, V> x, gy;
+    __device__ void from(const Bwd& p, int64_t at) {
+      x = load_pack<V>(p.x + at);
+      gy = load_pack<V>(p.gy + at);
     }
-    reinterpret_cast<P*>(p.out)[e] = out;
+  };
+
+  // d = x - mean, g = gradient of the normalised value before bias.
+  template <int V> __device__ void masked(const In<V>& in, const Norm<A, V>& k, A (&d)[V], A (&g)[V]) const {
+    A pre[V];
+    for (int q = 0; q < V; ++q) {
+      d[q] = A(load(in.x.v[q])) - k.mean[q];
+      pre[q] = d[q] * k.scale[q] + k.bias[q];
+      g[q] = load(in.gy.v[q]);
+    }
+    mask<V>(pre, g, act, slope);
   }
-}
+};
 
-template <class T, class A> __device__ void add(const Pass<T>& p, int64_t at, int64_t ch, A& t1, A& t2) {
-  const A d = A(load(p.x[at])) - p.stats[kMean * p.c + ch];
-  const A g = masked(p.pre(d, ch), A(load(p.gy[at])), p.act, p.slope);
-  t1 += g;
-  t2 += g * d;
-}
+template <class T> struct Sums : Bwd<T> {
+  using A = typename Bwd<T>::A;
+  template <int V> using In = typename Bwd<T>::template In<V>;
+  template <int V> using Constants = Norm<A, V>;
 
-// One block: one channel of `per` images.
-template <class T> __global__ void bn_act_sums_nchw_kernel(const Pass<T> p) {
-  using A = typename Acc<T>::type;
-  const int64_t g = blockIdx.x / p.c, ch = blockIdx.x % p.c;
-  const int64_t end = min(p.n, (g + 1) * p.per), di = kThreads / p.hw, dj = kThreads % p.hw;
-  int64_t i = g * p.per + threadIdx.x / p.hw, j = threadIdx.x % p.hw;
-  A t1 = 0, t2 = 0;
-  while (i < end) {
-    add(p, (i * p.c + ch) * p.hw + j, ch, t1, t2);
-    i += di;
-    j += dj;
-    if (j >= p.hw) j -= p.hw, ++i;
+  template <int V> __device__ void apply(int64_t, const In<V>& in, const Constants<V>& k, A (&s1)[V], A (&s2)[V]) const {
+    A d[V], g[V];
+    this->template masked<V>(in, k, d, g);
+    for (int q = 0; q < V; ++q) s1[q] += g[q], s2[q] += g[q] * d[q];
   }
-  store_block_sums<kThreads>(t1, t2, p.partial + 2 * g * p.c + ch, p.c);
-}
+};
 
-// One block: 32 channels of `per` rows; eight rows at a time.
-template <class T> __global__ void bn_act_sums_nhwc_kernel(const Pass<T> p) {
-  using A = typename Acc<T>::type;
-  const int64_t blocks = (p.c + kX - 1) / kX, g = blockIdx.x / blocks, ch = blockIdx.x % blocks * kX + threadIdx.x;
-  const int64_t end = min(p.n * p.hw, (g + 1) * p.per);
-  A t1 = 0, t2 = 0;
-  if (ch < p.c)
-    for (int64_t row = g * p.per + threadIdx.y; row < end; row += kY) add(p, row * p.c + ch, ch, t1, t2);
-  __shared__ A part[2][kY][kX];
-  part[0][threadIdx.y][threadIdx.x] = t1;
-  part[1][threadIdx.y][threadIdx.x] = t2;
-  __syncthreads();
-  if (threadIdx.y < 2 && ch < p.c) {
-    double t = 0;
-    for (int r = 0; r < kY; ++r) t += part[threadIdx.y][r][threadIdx.x];
-    p.partial[(2 * g + threadIdx.y) * p.c + ch] = t;
+template <class T> struct Grad : Bwd<T> {
+  using A = typename Bwd<T>::A;
+  template <int V> using In = typename Bwd<T>::template In<V>;
+  template <int V> struct Constants : Norm<A, V> {
+    A g1[V], g2[V];
+
+    __device__ Constants(const Grad& p, int64_t ch, int64_t step) : Norm<A, V>(p, ch, step) {
+      for (int q = 0; q < V; ++q) {
+        g1[q] = p.gsums[ch + q * step] * p.inverse;
+        g2[q] = p.stats[kRstd * p.c + ch + q * step] * p.gsums[p.c + ch + q * step] * p.inverse;
+      }
+    }
+  };
+
+  template <int V> __device__ void apply(int64_t at, const In<V>& in, const Constants<V>& k, A (&)[V], A (&)[V]) const {
+    A d[V], g[V];
+    this->template masked<V>(in, k, d, g);
+    for (int q = 0; q < V; ++q) g[q] = k.scale[q] * (g[q] - (k.g1[q] + k.g2[q] * d[q]));
+    store_pack<V>(this->dx + at, g);
   }
-}
+};
 
-// gsums[i] = partial[0, i] + partial[1, i] + …, the second row times r: eight interleaved strands, then the strands in order.
-template <class A> __global__ void bn_act_finish_kernel(const double* partial, const A* stats, A* gsums, int64_t groups, int64_t c) {
-  const int64_t i = int64_t(blockIdx.x) * kX + threadIdx.x;
-  double t = 0;
-  if (i < 2 * c)
-    for (int64_t g = threadIdx.y; g < groups; g += kY) t += partial[g * 2 * c + i];
-  __shared__ double strand[kY][kX];
-  strand[threadIdx.y][threadIdx.x] = t;
-  __syncthreads();
-  if (threadIdx.y == 0 && i < 2 * c) {
-    t = 0;
-    for (int r = 0; r < kY; ++r) t += strand[r][threadIdx.x];
-    gsums[i] = A(i < c ? t : t * double(stats[kRstd * c + i - c]));
-  }
-}
-
-template <class T, class I> void launch(const Pass<T>& p, cudaStream_t s) {
-  constexpr int kVec = 16 / sizeof(T);
-  const auto aligned = [](const void* a) { return reinterpret_cast<uintptr_t>(a) % 16 == 0; };
-  const bool wide = (p.layout == kNHWC ? p.c : p.hw) % kVec == 0 && aligned(p.x) && aligned(p.gy) && aligned(p.out);
-  if (wide) bn_act_kernel<T, I, kVec><<<blocks_for(p.total / kVec, kThreads), kThreads, 0, s>>>(p);
-  else bn_act_kernel<T, I, 1><<<blocks_for(p.total, kThreads), kThreads, 0, s>>>(p);
-}
-
-template <class T> void launch(const Pass<T>& p, cudaStream_t s, const char* name) {
-  if (p.total < (int64_t(1) << 31)) launch<T, uint32_t>(p, s);
-  else launch<T, int64_t>(p, s);
-  check_launch(name, p.n, p.c, p.hw);
-}
-
-template <class T> Pass<T> pass_of(const BnActGradParams& p) {
+template <class T> Bwd<T> bwd_of(const BnActGradParams& p) {
   using A = typename Acc<T>::type;
   const Sizes& z = p.s;
   return {(const T*)p.gy, (const T*)p.x, (T*)p.dx, (const A*)p.stats, (const A*)p.bias, (const A*)p.gsums, (double*)p.partial, z.n, z.c,
-          z.hw, z.groups, z.per, z.n * z.c * z.hw, p.act, z.layout, A(p.slope), A(1.0 / double(p.count))};
+          z.hw, z.per, p.act, A(p.slope), A(1.0 / double(p.count))};
 }
 
 }  // namespace
@@ -162,9 +139,9 @@ void bn_act_fwd_cuda(const BnActParams& p, void* stream) {
     bn_stats_kernel<A><<<unsigned((z.c + kThreads - 1) / kThreads), kThreads, 0, s>>>(
         (const A*)p.sums, (const A*)p.shift, (const A*)p.weight, (A*)p.stats, z.c, double(p.count), p.eps);
     check_launch("bn_stats", 1, z.c, 1);
-    const Pass<T> pass{nullptr, (const T*)p.x, (T*)p.y, (const A*)p.stats, (const A*)p.bias, nullptr, nullptr, z.n, z.c, z.hw, z.groups,
-                       z.per, z.n * z.c * z.hw, p.act, z.layout, A(p.slope), A(0)};
-    launch(pass, s, "bn_act_fwd");
+    const Fwd<T> f{(const T*)p.x, (T*)p.y, (const A*)p.stats, (const A*)p.bias, z.n, z.c, z.hw, z.per, p.act, A(p.slope)};
+    with_vector<T>(z.layout == kNCHW ? z.hw : z.c, {p.x, p.y}, [&](auto v) { bn_each<decltype(v)::value>(f, z, s); });
+    check_launch("bn_act_fwd", z.n, z.c, z.hw);
   });
 }
 
@@ -174,18 +151,22 @@ void bn_act_bwd_sums_cuda(const BnActGradParams& p, void* stream) {
   with_type(z.dtype, [&](auto t) {
     using T = decltype(t);
     using A = typename Acc<T>::type;
-    const Pass<T> pass = pass_of<T>(p);
-    if (z.layout == kNCHW) bn_act_sums_nchw_kernel<T><<<unsigned(z.groups * z.c), kThreads, 0, s>>>(pass);
-    else bn_act_sums_nhwc_kernel<T><<<unsigned(z.groups * ((z.c + kX - 1) / kX)), dim3(kX, kY), 0, s>>>(pass);
+    const Sums<T> f{bwd_of<T>(p)};
+    with_vector<T, 4>(z.layout == kNCHW ? z.hw : z.c, {p.x, p.gy}, [&](auto v) { bn_pieces<decltype(v)::value>(f, z, s); });
     check_launch("bn_act_bwd_sums", z.n, z.c, z.hw);
-    bn_act_finish_kernel<A><<<unsigned((2 * z.c + kX - 1) / kX), dim3(kX, kY), 0, s>>>((const double*)p.partial, (const A*)p.stats,
-                                                                                      (A*)p.gsums, z.groups, z.c);
-    check_launch("bn_act_finish", z.groups, 2, z.c);
+    bn_finish<A>((const double*)p.partial, (const A*)p.stats + kRstd * z.c, (A*)p.gsums, z, s);
   });
 }
 
 void bn_act_bwd_cuda(const BnActGradParams& p, void* stream) {
-  with_type(p.s.dtype, [&](auto t) { launch(pass_of<decltype(t)>(p), static_cast<cudaStream_t>(stream), "bn_act_bwd"); });
+  const Sizes& z = p.s;
+  with_type(z.dtype, [&](auto t) {
+    using T = decltype(t);
+    const Grad<T> f{bwd_of<T>(p)};
+    with_vector<T, 4>(z.layout == kNCHW ? z.hw : z.c, {p.x, p.gy, p.dx},
+                      [&](auto v) { bn_each<decltype(v)::value>(f, z, static_cast<cudaStream_t>(stream)); });
+    check_launch("bn_act_bwd", z.n, z.c, z.hw);
+  });
 }
 
 }  // namespace fastkd
