@@ -50,8 +50,8 @@ def step(phase: Phase, *, eager: bool = False) -> Callable[[Callable[..., None]]
 
     Args:
       phase: what its time is booked under.
-      eager: its host code must run each time (filling a memory, re-initialising, learning rates). Any other step could be captured in a
-        CUDA graph. The engine does not do that yet; tests record each such step, replay it and compare the bits.
+      eager: its host code must run each time (filling a memory, re-initialising, learning rates). Any other step may be captured in a
+        CUDA graph (`engine.graphs`) and replayed without it.
     """
 
     def mark(fn: Callable[..., None]) -> Callable[..., None]:
@@ -99,7 +99,7 @@ class Method(Updates, Views):
     """Base of all methods. Subclasses are dataclasses with at least `epochs`, `batch` and `aug` among their fields.
 
     Life: fields → `bind` → `build` → sealed. After the seal no attribute is set any more: what changes is changed in place, which
-    is what makes resume exact, and would let steps be captured in CUDA graphs.
+    is what makes resume exact, and lets steps be captured in CUDA graphs.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"bn"})
