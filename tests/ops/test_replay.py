@@ -106,6 +106,33 @@ def test_crop_larger_than_the_image(backend, device, width):
     torch.testing.assert_close(got.cpu(), _pixels(images, torch.arange(4), std=None, dtype=torch.float32, **options))
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3])
+@pytest.mark.parametrize("width", [8, 12, 33, 64, 700])  # whole vectors of 16 and 8 bytes, none, and more than a block of threads
+def test_long_rows(backend, device, channels, width):
+    gen = torch.Generator().manual_seed(width + channels)
+    images = _store(torch.uint8, n=9, h=5, w=width, c=channels)[1::2]
+    index, pad = torch.tensor([3, 0, 0, 2, 1]), 11
+    draws = {k: torch.randint(2 * pad + 1, (5,), generator=gen) for k in ("dy", "dx")}
+    draws |= {"dy": draws["dy"] // 6 + 9, "flip": torch.tensor([True, False, True, False, True])}
+    given = {k: v.to(device) for k, v in {**draws, "mean": torch.rand(channels, generator=gen)}.items()} | {"pad": pad}
+    for out in (torch.float32, torch.float64, torch.bfloat16):
+        for size in (None, (3, width), (9, 1032)):
+            for memory in (torch.channels_last, torch.contiguous_format):
+                options = {"size": size, "mode": "nearest", "memory_format": memory, "dtype": out, **given}
+                got = ops.replay_gather(images.to(device), index.to(device), **options)
+                ops.use("reference")
+                expected = ops.replay_gather(images.to(device), index.to(device), **options)
+                ops.use(backend)
+                assert torch.equal(got, expected), f"{out} {size} {memory}"
+
+
+def test_more_rows_than_a_gpu_takes_at_once(backend, device):
+    images, index = _store(torch.uint8, h=11, w=8, c=1).to(device), torch.arange(17_000, device=device) % 5
+    got = ops.replay_gather(images, index, flip=index == 2, dtype=torch.bfloat16)
+    once = ops.replay_gather(images, index[:5], flip=index[:5] == 2, dtype=torch.bfloat16)
+    assert torch.equal(got, once[index])
+
+
 def test_every_byte_is_exact(cpp):
     images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1)
     got = ops.replay_gather(images, torch.zeros(1, dtype=torch.int64), dtype=torch.float32)

@@ -22,8 +22,9 @@ def normalise(v: Tensor, mean: Tensor | None, std: Tensor | None, images: Tensor
 def shades(images: Tensor, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype) -> Tensor:
     """[C, 256]: what each byte of each channel becomes, by the arithmetic of `replay_gather_ref`."""
     wide = torch.promote_types(dtype, torch.float32)
-    bytes_ = torch.arange(256, device=images.device).to(wide) / 255
-    return normalise(bytes_[:, None].expand(256, images.shape[-1]), mean, std, images).to(dtype).t().contiguous()
+    bytes_ = torch.arange(256, dtype=wide, device=images.device) / 255
+    made = normalise(bytes_[:, None].expand(256, images.shape[-1]), mean, std, images).t()
+    return torch.empty(made.shape, dtype=dtype, device=images.device).copy_(made)  # one pass rounds and transposes: a call is short
 
 
 def taps(size: int, out: int, mode: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

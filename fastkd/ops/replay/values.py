@@ -46,5 +46,5 @@ def values(
     own = tuple(tiny(v, wide, fill, images).contiguous() for v, fill in ((mean, 0.0), (std, 1.0)))
     if bytes_ and not blended:
         return Values(blended, wide, shades(images, mean, std, dtype), *own, *axes)
-    lut = torch.arange(256, device=images.device).to(wide) / 255 if bytes_ else None
+    lut = torch.arange(256, dtype=wide, device=images.device) / 255 if bytes_ else None
     return Values(blended, wide, lut, *own, *axes)
