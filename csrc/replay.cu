@@ -1,6 +1,6 @@
 // CUDA kernels of the gather. A row number outside the store is clamped: refusing it would need a sync.
-// Bytes of one or three channels that are not blended, the usual store, are bound by memory: 16 bytes a store, the loads of a thread
-// together and without branches, the table in shared memory, no division in the loop. Everything else: an element at a time.
+// Bytes of one or three channels that are not blended, the usual store, are bound by memory: up to 16 bytes a store, the loads of a
+// thread together and without branches, no division in the loop. Everything else: an element at a time.
 #include "common.cuh"
 #include "replay.h"
 
@@ -32,14 +32,42 @@ template <int kC, bool kLast, int V> __device__ Line line_of(const GatherParams&
   return made;
 }
 
+// Lanes that look bytes up meet in the banks of shared memory: for results of two bytes that takes about as long as device memory does.
+// An arithmetic without division mostly gives all entries of the table, and then takes its place.
+template <class Out> __device__ Out shade(int byte, float mean, float rate) {
+  Out made;
+  store(made, __fmul_rn(__fadd_rn(__fmul_rn(float(byte), 1.0f / 255), -mean), rate));
+  return made;
+}
+template <class Out> __device__ bool same_bits(Out a, Out b) {
+  uint16_t x, y;
+  memcpy(&x, &a, 2), memcpy(&y, &b, 2);
+  return x == y;
+}
+
 // kLast: [batch, out_height, out_width, kC], else [batch, kC, …]. A thread makes a vector of V elements in a row, else one in the row of
 // each channel. Blocks are `across` threads wide and kThreads / across rows high, and make `share` rows.
 template <class Out, int kC, bool kLast, int V>
 __global__ void __launch_bounds__(kThreads, kPerSM) replay_bytes_kernel(const GatherParams p, int across, int64_t share) {
   __shared__ Out lut[kC * 256];
   __shared__ Line lines[kThreads];
+  __shared__ float mean[kC], rate[kC];
+  __shared__ bool looked_up;
   static_assert(kThreads == 256, "a thread is a byte");
-  for (int c = 0; c < kC; ++c) lut[c * 256 + threadIdx.x] = static_cast<const Out*>(p.lut)[c * 256 + threadIdx.x];
+  const int own = threadIdx.x;
+  const bool known = sizeof(Out) == 2 && p.mean && p.std;
+  for (int c = 0; c < kC; ++c) lut[c * 256 + own] = static_cast<const Out*>(p.lut)[c * 256 + own];
+  if (own < kC) {
+    mean[own] = known ? static_cast<const float*>(p.mean)[own] : 0;
+    rate[own] = known ? 1 / static_cast<const float*>(p.std)[own] : 0;
+    looked_up = !known;
+  }
+  __syncthreads();
+  if constexpr (sizeof(Out) == 2) {
+    bool same = true;
+    for (int c = 0; c < kC; ++c) same &= same_bits(shade<Out>(own, mean[c], rate[c]), lut[c * 256 + own]);
+    if (!same) looked_up = true;
+  }
   const int rows = kThreads / across, x = int(threadIdx.x) % across, y = int(threadIdx.x) / across;
   const int vectors = int(p.out_width) * (kLast ? kC : 1) / V, high = kThreads / rows * rows;
   const int64_t plane = p.out_height * p.out_width / V, end = min(p.batch * p.out_height, (blockIdx.x + 1) * share);
@@ -52,25 +80,38 @@ __global__ void __launch_bounds__(kThreads, kPerSM) replay_bytes_kernel(const Ga
       const int t = u * V, first = kLast ? t % kC : 0;  // channel
       int pixel[V], channel[kC];
       const Out* table[kC];
+      float m[kC], r[kC];
       for (int e = 0; e < V; ++e) pixel[e] = kLast ? t / kC + e / kC + (first + e % kC >= kC) : t + e;
       if (p.x)
         for (int e = 0; e < V; ++e) pixel[e] = int(p.x[pixel[e]]);
-      for (int k = 0; k < kC; ++k) channel[k] = (first + k) % kC, table[k] = lut + channel[k] * 256;
-      for (int i = y; i < here; i += rows) {
-        const Line line = lines[i];
-        for (int pass = 0; pass < (kLast ? 1 : kC); ++pass) {
-          const auto of = [&](int e) { return kLast ? e % kC : pass; };  // which of these
-          int v[V];
-          for (int e = 0; e < V; ++e) {  // where it is black, the row's first bytes are read: loads behind a branch would wait
-            const unsigned q = line.step * pixel[e] + line.origin + channel[of(e)];
-            const int byte = __ldg(line.row + (q < line.seen ? q : 0));
-            v[e] = q < line.seen ? byte : 0;
-          }
-          Pack<Out, V> made;
-          for (int e = 0; e < V; ++e) made.v[e] = table[of(e)][v[e]];
-          static_cast<Pack<Out, V>*>(p.out)[line.out + pass * plane + u] = made;
-        }
+      for (int k = 0; k < kC; ++k) {
+        const int c = (first + k) % kC;
+        channel[k] = c, table[k] = lut + c * 256, m[k] = mean[c], r[k] = rate[c];
       }
+      const auto make = [&](auto looked) {
+        for (int i = y; i < here; i += rows) {
+          const Line line = lines[i];
+          for (int pass = 0; pass < (kLast ? 1 : kC); ++pass) {
+            const auto of = [&](int e) { return kLast ? e % kC : pass; };  // which of these
+            int v[V];
+            for (int e = 0; e < V; ++e) {  // where it is black, the row's first bytes are read: loads behind a branch would wait
+              const unsigned q = line.step * pixel[e] + line.origin + channel[of(e)];
+              const int byte = __ldg(line.row + (q < line.seen ? q : 0));
+              v[e] = q < line.seen ? byte : 0;
+            }
+            Pack<Out, V> made;
+            for (int e = 0; e < V; ++e) {
+              if constexpr (decltype(looked)::value) made.v[e] = table[of(e)][v[e]];
+              else made.v[e] = shade<Out>(v[e], m[of(e)], r[of(e)]);
+            }
+            static_cast<Pack<Out, V>*>(p.out)[line.out + pass * plane + u] = made;
+          }
+        }
+      };
+      if constexpr (sizeof(Out) == 2) {
+        if (looked_up) make(Int<1>{});
+        else make(Int<0>{});
+      } else make(Int<1>{});
     }
   }
 }
