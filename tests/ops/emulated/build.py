@@ -18,7 +18,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[2] / "csrc"
-RUNTIME = 'extern "C" const char* cudaGetErrorString(cudaError_t) { return ""; }\nextern "C" cudaError_t cudaGetLastError() { return cudaSuccess; }\n'
+RUNTIME = """#include <cuda_runtime.h>
+extern "C" const char* cudaGetErrorString(cudaError_t) { return ""; }
+extern "C" cudaError_t cudaGetLastError() { return cudaSuccess; }
+"""
 OPENING, CLOSING = "({[<", ")}]>"
 
 
@@ -28,7 +31,8 @@ def cuda_headers() -> Path | None:
     roots = [Path(os.path.realpath(nvcc)).parents[1]] if nvcc else []
     triton = importlib.util.find_spec("triton")
     bundled = [Path(triton.origin).parent / "backends" / "nvidia"] if triton and triton.origin else []
-    roots += [Path(p) for p in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if p] + sorted(Path("/usr/local").glob("cuda*")) + bundled
+    roots += [Path(p) for p in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if p]
+    roots += [*sorted(Path("/usr/local").glob("cuda*")), *bundled]
     return next((r / "include" for r in roots if (r / "include" / "cuda_bf16.h").is_file()), None)
 
 
@@ -91,24 +95,23 @@ def build(out: Path) -> Path:
     Raises:
       RuntimeError: the compiler's words.
     """
-    import pybind11
-
     headers = cuda_headers()
     if headers is None:
         raise RuntimeError("no CUDA headers beside nvcc")
     out.mkdir(parents=True, exist_ok=True)
-    flags = ["-std=c++17", "-O1", "-fPIC", "-fopenmp", "-ffp-contract=off", "-w", "-DFASTKD_WITH_CUDA", f"-I{CSRC}"]
-    said = {"COMPILER": "g++", "OPENMP": "", "CUDA_VERSION": "emulated", "CUDA_ARCHITECTURES": "native", "CUDA_REASON": ""}
+    flags = ["-std=c++17", "-O1", "-fPIC", "-fopenmp", "-ffp-contract=off", "-w", "-DFASTKD_WITH_CUDA"]
+    cuda = [f"-I{out}", f"-I{CSRC}", f"-I{headers}", "-include", str(HERE / "emulator.h")]
+    for source in CSRC.glob("*.cuh"):
+        (out / source.name).write_text(emulated(source.read_text(encoding="utf-8")), encoding="utf-8")
     jobs = []
     for source in sorted(CSRC.glob("*.cu")):
         text = out / f"{source.stem}_emulated.cpp"
         text.write_text(emulated(source.read_text(encoding="utf-8")), encoding="utf-8")
-        jobs.append([*flags, f"-I{headers}", "-include", str(HERE / "emulator.h"), "-c", str(text), "-o", str(out / f"{text.stem}.o")])
+        jobs.append([*flags, *cuda, "-c", str(text), "-o", str(out / f"{text.stem}.o")])
     for source in sorted(CSRC.glob("*.cpp")):
-        own = [f"-DFASTKD_{k}=\"{v}\"" for k, v in said.items()]
-        own += [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"] if source.stem == "module" else ["-DFASTKD_ISA=generic"]
+        own = _of_module() if source.stem == "module" else ["-DFASTKD_ISA=generic"]
         jobs.append([*flags, *own, "-c", str(source), "-o", str(out / f"{source.stem}.o")])
-    (out / "runtime.cpp").write_text("#include <cuda_runtime.h>\n" + RUNTIME, encoding="utf-8")
+    (out / "runtime.cpp").write_text(RUNTIME, encoding="utf-8")
     jobs.append([*flags, f"-I{headers}", "-c", str(out / "runtime.cpp"), "-o", str(out / "runtime.o")])
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         list(pool.map(_compile, jobs))
@@ -116,6 +119,14 @@ def build(out: Path) -> Path:
     objects = [job[-1] for job in jobs]
     _compile(["-shared", "-fopenmp", *objects, "-o", str(module)])
     return module
+
+
+def _of_module() -> list[str]:
+    import pybind11
+
+    said = {"COMPILER": "g++", "OPENMP": "", "CUDA_VERSION": "emulated", "CUDA_ARCHITECTURES": "native", "CUDA_REASON": ""}
+    defined = [f'-DFASTKD_{key}="{value}"' for key, value in said.items()]
+    return [*defined, f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
 
 
 def _compile(arguments: list[str]) -> None:
