@@ -8,6 +8,7 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "common.h"
 
@@ -42,6 +43,19 @@ template <int V, class T> __device__ inline Pack<T, V> load_pack(const T* p) {
     out.v[0] = *p;
   }
   return out;
+}
+// The elements in the accumulation type. Pairs of bfloat16 are cut out of 32 bits: a shift, a mask.
+template <int V, class T, class A> __device__ inline void widen(const Pack<T, V>& from, A (&to)[V]) {
+  if constexpr (std::is_same<T, __nv_bfloat16>::value && V % 2 == 0) {
+    for (int q = 0; q < V; q += 2) {
+      uint32_t pair;
+      memcpy(&pair, &from.v[q], 4);
+      const uint32_t both[2] = {pair << 16, pair & 0xffff0000u};
+      memcpy(&to[q], both, 8);
+    }
+  } else {
+    for (int q = 0; q < V; ++q) to[q] = A(load(from.v[q]));
+  }
 }
 template <int V, class T, class A> __device__ inline void store_pack(T* p, const A (&v)[V]) {
   Pack<T, V> out;

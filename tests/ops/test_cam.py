@@ -101,6 +101,27 @@ def test_class_activation_map(backend, device, shape, dtype, layout, options):
         assert results[0][1].is_contiguous(memory_format=fmt)
 
 
+# CUDA: weights in two pieces, and images that are cut, also after a resize; then what shared memory does not hold: stretched rows and
+# sums of pixels, a single row of these, a map.
+LARGE = [((2, 2200, 3, 3), None), ((1, 2200, 3, 3), (12, 20)), ((2, 2, 40, 3), (50, 400)), ((1, 3, 2, 4), (5, 3200))]
+LARGE += [((1, 16, 33, 40), (9, 44))]
+
+
+@pytest.mark.parametrize(("shape", "size"), LARGE, ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large(backend, device, shape, size, layout, dtype):
+    f, w, y = _inputs(shape, dtype, device, layout)
+    results = []
+    for kind in (ops.class_activation_map, _definition, _truth):
+        x = (f.double() if kind is _truth else f.clone()).requires_grad_()
+        m = kind(x, w.double() if kind is _truth else w, y, relu=True, norm="minmax", size=size, renorm=size is not None)
+        seed = torch.linspace(-1, 2, m.numel(), device=device).view_as(m).to(m.dtype)
+        results.append((m.detach(), *torch.autograd.grad(m, [x], seed)))
+    for ours, eager, truth in zip(*results, strict=True):
+        close(ours, eager, truth)
+
+
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)], ids=["features", "weight"])
 def test_partial_gradients(backend, device, wanted):
     f, w, y = _inputs((3, 18, 5, 4), torch.float32, device)

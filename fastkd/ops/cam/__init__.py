@@ -35,7 +35,8 @@ def class_activation_map(
     With a head `linear(mean over h, w)` this is Grad-CAM of the logit up to the factor 1/(h w), without a backward pass.
 
     Bytes:  reads features once, writes the map and h w numbers an image; backward reads the gradient of the map and writes that
-            of the features. One kernel each way (Triton: two in backward).
+            of the features. One kernel each way; two in backward with Triton, and with CUDA for maps of more than 1024 cells or
+            a few large images.
     Saves:  weight, labels, h w numbers an image, and features (their values are read only if weight needs a gradient).
 
     Args:

@@ -145,6 +145,7 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
   return all;
 }
 template <class T> T __ldg(const T* p) { return *p; }
+template <class T> void __stcs(T* p, T v) { *p = v; }
 template <class T, class U> T atomicAdd(T* p, U v) { T old = *p; *p = T(old + v); return old; }
 template <class A, class B> std::common_type_t<A, B> min(A a, B b) { using C = std::common_type_t<A, B>; return C(b) < C(a) ? C(b) : C(a); }
 template <class A, class B> std::common_type_t<A, B> max(A a, B b) { using C = std::common_type_t<A, B>; return C(b) > C(a) ? C(b) : C(a); }
