@@ -294,7 +294,8 @@ def single(
         sums = torch.stack((n * d, n * (v + d * d)))
         if op == "bn_sums":
             return (sums,)
-        y = F.batch_norm(x, shift, torch.ones_like(shift), scale, bias + scale * shift, False, 0.0, 0.0)
+        # Not F.batch_norm: that of torch 2.11 refuses an eps of 0.
+        y = torch.batch_norm(x, scale, bias + scale * shift, shift, torch.ones_like(shift), False, 0.0, 0.0, torch.backends.cudnn.enabled)
         return F.relu(y if residual is None else y + residual), sums
 
     def public(x: Tensor, shift: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None) -> tuple[Tensor, ...]:

@@ -98,7 +98,8 @@ def _settings(rung: Rung) -> Iterator[None]:
     ops.use(rung.backend)
     torch.backends.cudnn.benchmark = rung.tried
     try:
-        yield
+        with ops.captured(rung.graphs):  # as the engine does it
+            yield
     finally:
         ops.use("auto")
         torch.backends.cudnn.benchmark = before

@@ -61,7 +61,9 @@ def page(results: Path) -> str:
     found = {folder.name: records(folder) for folder in sorted(results.iterdir()) if folder.is_dir()}
     found = {name: own for name, own in found.items() if own}
     measured = {device_type(own) for own in found.values()}
-    parts = [HEAD, *(section(name, own) for name, own in found.items())]
+    parts = [HEAD]
+    for name, own in found.items():
+        parts += [section(name, own), *earlier(results / name)]
     for kind, title in (("cpu", "CPU"), ("cuda", "GPU")):
         if kind not in measured:
             head, lines, _ = verdicts.table(targets.of(kind), {})
@@ -98,13 +100,44 @@ def section(name: str, own: Records) -> str:
     if "generator" in own:
         parts += ["\n### A generator step, rung by rung\n", *ladder(own["generator"])]
     for bench, record in own.items():
-        if bench not in ("generator", "step") and (rows := list(cases(record["rows"]))):
+        if bench not in ("generator", "engine", "step") and (rows := list(cases(record["rows"]))):
             parts += [f"\n### Kernels: {bench}\n", table(CASES, rows)]
             if alone := list(in_graphs(record["rows"])):
                 parts += [f"\n### Kernels without their launches (replayed from CUDA graphs): {bench}\n", table(GRAPHS, alone)]
+    if "engine" in own and any("ms" in r for r in own["engine"]["rows"]):
+        parts += ["\n### Steps of a run, rung by rung\n", *taken(own["engine"])]
     if "step" in own:
         parts += ["\n### Steps of the methods\n", *steps(own["step"])]
     return "\n".join(parts) + "\n"
+
+
+def earlier(folder: Path) -> list[str]:
+    """The table of `kernels.json`, where a folder has one: kernels of an earlier revision, timed one by one."""
+    if not (folder / "kernels.json").is_file():
+        return []
+    found = json.loads((folder / "kernels.json").read_text(encoding="utf-8"))
+    f = found["facts"]
+    said = f"{f['device']}, torch {f['torch']}; a copy moves {f['copy_gbps']} GB/s; revision {f['revision']}; {found['kernels']}.\n"
+    body = []
+    for r in found["rows"]:
+        rate = [f"{r['gbps']:.0f}", share(r["gbps"] / f["copy_gbps"])] if "gbps" in r else ["", ""]
+        body.append([r["op"], r["case"], r["provider"], f"{r['graph_ms']:.4g}", f"{r['ms']:.4g}", f"{r['host_ms']:.3g}", *rate])
+    head = ["op", "case", "provider", "ms in a graph", "ms a call", "ms of the host", "GB/s", "of a copy"]
+    return ["### Kernels one by one, of an earlier revision\n", said, table(head, body)]
+
+
+def taken(record: dict[str, Any]) -> Iterator[str]:
+    """A run's steps as the engine takes them."""
+    yield "ResNet-34 teacher, ResNet-18 student, 32², batches of 256; all that a run does for a step is in the time.\n"
+    body = []
+    for r in record["rows"]:
+        if "ms" not in r:
+            body.append([r["method"], "", r["provider"], r.get("rung", ""), str(r["reason"]), "", "", "", "", ""])
+            continue
+        numbers = [f"{r['ms']:.4g}", f"{r['host_ms']:.3g}", f"{r['images_s']}", f"{r.get('peak_mib', '')}"]
+        body.append([r["method"], r["step"], r["provider"], r.get("rung", ""), *numbers, ratio(r.get("x_rung")), ratio(r.get("x_eager"))])
+    head = ["method", "step", "as", "what it adds", "ms", "ms of the host", "images/s", "peak MiB", "over the rung before", "over the first"]
+    yield table(head, body)
 
 
 def machine(own: Records) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastkd import files, ranks
+from fastkd import files, ops, ranks
 from fastkd.engine import allocator, checkpoint, evaluation, heartbeat, state
 from fastkd.engine.clock import Clock
 from fastkd.engine.events import Events
@@ -81,7 +81,8 @@ def run(
     guards = Guards(method, events, out, autocast(method.device, settings.precision), graphs=settings.graphs)
     saver = Saver(method, settings, events, out, guards.collapse)
     at, done = restored(method, settings, events, out, anew, guards.collapse) if resume and out else ((0, 0), 0)
-    with allocator.kept(method.device), heartbeat.beating(out) as beat, files.told(beat.moves):
+    around = ops.captured(guards.graphs.on)
+    with allocator.kept(method.device), around, heartbeat.beating(out) as beat, files.told(beat.moves):
         while True:
             try:
                 return _walk(method, settings, events, saver, guards, beat, stop, at, done)

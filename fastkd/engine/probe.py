@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastkd import ops
 from fastkd.engine import allocator, loop, state
 from fastkd.engine.dry import kinds, pretended
 from fastkd.engine.events import Events
@@ -81,10 +82,11 @@ def probe(method: Method, given: Given, settings: loop.Settings, *, world: int =
     """
     said: list[str] = []
     events = Events(None, [lambda event: said.append(event["text"]) if event["kind"] == "warning" else None])
-    with allocator.kept(given.device), pretended(world):
+    with allocator.kept(given.device), pretended(world), contextlib.ExitStack() as around:
         loop.prepare(method, given, global_bn=settings.global_bn)
         guards = Guards(method, events, None, loop.autocast(method.device, settings.precision), graphs=settings.graphs)
         rows = []
+        around.enter_context(ops.captured(guards.graphs.on))
         for done, kind in enumerate(kinds(method)):
             at = Position(settings.seed, kind.epoch, done, kind.fn, kind.args, kind.occurrence)
 

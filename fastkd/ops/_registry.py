@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import ConfigError, unknown
@@ -21,10 +23,15 @@ _FLOATS = ("float32", "float64", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Op:
-    """Backends by device type in order of preference, and the dtypes that each backend takes."""
+    """Backends by device type in order of preference, and the dtypes that each backend takes.
+
+    Attributes:
+      captured: another order for calls that are captured in a CUDA graph: there a kernel's own time counts, and not its launch.
+    """
 
     order: dict[str, tuple[str, ...]] = field(default_factory=dict)
     dtypes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    captured: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def backends(self) -> set[str]:
         return {name for names in self.order.values() for name in names} | {"reference"}
@@ -33,15 +40,17 @@ class Op:
 _NATIVE = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 _NO_DOUBLE = tuple(d for d in _FLOATS if d != "float64")
 _EVERYWHERE = Op(_NATIVE, {"cpp": _FLOATS, "cuda": _FLOATS, "triton": _NO_DOUBLE})
+_LAUNCHED: dict[str, tuple[str, ...]] = {"cuda": ("triton", "cuda")}  # measured: docs/performance.md
+_FROZEN = replace(_EVERYWHERE, captured=_LAUNCHED)
 _SUMS = ("float32", "float64")
 _TREE = Op(_NATIVE, dict.fromkeys(("cpp", "cuda", "triton"), _SUMS))
 _STORES = ("uint8", "float32", "float16")
 _DOUBLED = Op({"cpu": ("cpp",), "cuda": ("triton",)}, {"cpp": _FLOATS, "triton": _NO_DOUBLE})
 _FOLD = Op({"cpu": ("fold",), "cuda": ("fold",)})  # an identity in stock torch, on every device
 OPS: dict[str, Op] = {
-    "bn_sums": _EVERYWHERE,
-    "frozen_bn_act_stats": _EVERYWHERE,
-    "bn_match_loss": Op(_NATIVE, {"cpp": _SUMS, "cuda": _SUMS, "triton": ("float32",)}),
+    "bn_sums": _FROZEN,
+    "frozen_bn_act_stats": _FROZEN,
+    "bn_match_loss": Op(_NATIVE, {"cpp": _SUMS, "cuda": _SUMS, "triton": ("float32",)}, _LAUNCHED),
     "batch_norm_act": _EVERYWHERE,
     "class_activation_map": _EVERYWHERE,
     "replay_gather": Op(_NATIVE, dict.fromkeys(("cpp", "cuda", "triton"), _STORES)),
@@ -55,8 +64,8 @@ OPS: dict[str, Op] = {
     "upsample_affine_sigmoid": _DOUBLED,
 }
 
-_wanted = "auto"
-_answers: dict[tuple[str, str, str, str], str] = {}
+_wanted, _captured = "auto", False
+_answers: dict[tuple[str, bool, str, str, str], str] = {}
 
 
 def backend() -> str:
@@ -83,6 +92,17 @@ def use(name: str) -> None:
         raise ConfigError(f"ops.backend={name} cannot run here: {reason}; use auto or reference, or install what is missing.")
     _wanted = name
     _answers.clear()
+
+
+@contextmanager
+def captured(on: bool = True) -> Iterator[None]:
+    """Context: what is called will be captured in CUDA graphs, so "auto" prefers kernels by their own time, without that of a launch."""
+    global _captured
+    before, _captured = _captured, on
+    try:
+        yield
+    finally:
+        _captured = before
 
 
 def build_info() -> dict[str, str]:
@@ -151,13 +171,13 @@ def choose(op: str, device: str, dtype: str) -> str:
     Raises:
       ConfigError: an unknown op, or the backend given to `use` exists for this op and cannot take this call.
     """
-    key = (_wanted, op, device, dtype)
+    key = (_wanted, _captured, op, device, dtype)
     if key not in _answers:
         _answers[key] = _choose(*key)
     return _answers[key]
 
 
-def _choose(wanted: str, op: str, device: str, dtype: str) -> str:
+def _choose(wanted: str, captured: bool, op: str, device: str, dtype: str) -> str:
     if op not in OPS:
         raise ConfigError(unknown("op", op, OPS))
     spec = OPS[op]
@@ -168,7 +188,8 @@ def _choose(wanted: str, op: str, device: str, dtype: str) -> str:
         if reason is not None:
             raise ConfigError(f"ops.backend={wanted} cannot run {op} on {device} {dtype}: {reason}; use auto or reference.")
         return wanted
-    for name in spec.order.get(device, ()):
+    order = spec.captured.get(device) if captured else None
+    for name in order or spec.order.get(device, ()):
         if why_not(op, name, device, dtype) is None:
             return name
     return "reference"

@@ -172,8 +172,10 @@ def test_gradient_of_the_norm(backend, device, norm_grad):
     if norm_grad:  # the maximum is 1 whatever the features are
         assert g.abs().max() < 1e-5
         if dtype == torch.float64:
-            assert torch.autograd.gradcheck(
-                lambda v: ops.class_activation_map(v, w, labels, relu=True, norm="minmax", norm_grad=True, size=(5, 7), renorm=True), f
+            assert torch.autograd.gradcheck(  # on a GPU torch adds up the gradient of a resize in any order
+                lambda v: ops.class_activation_map(v, w, labels, relu=True, norm="minmax", norm_grad=True, size=(5, 7), renorm=True),
+                f,
+                nondet_tol=1e-10 if device == "cuda" else 0.0,
             )
     else:
         assert g.abs().max() > 1e-2

@@ -23,6 +23,21 @@ def automatic():
     _registry._answers.clear()
 
 
+def test_captured_calls_prefer_kernels_by_their_own_time(monkeypatch):
+    monkeypatch.setattr(_registry, "absent", lambda name: None)
+    chosen = lambda op: _registry.choose(op, "cuda", "bfloat16")  # noqa: E731
+    assert (chosen("bn_sums"), chosen("batch_norm_act")) == ("cuda", "cuda")
+    with ops.captured():
+        assert (chosen("bn_sums"), chosen("batch_norm_act")) == ("triton", "cuda")
+        with ops.captured(False):
+            assert chosen("bn_sums") == "cuda"
+        assert _registry.choose("bn_sums", "cuda", "float64") == "cuda"  # Triton's has no fp64
+        ops.use("reference")
+        assert chosen("bn_sums") == "reference"
+    ops.use("auto")
+    assert chosen("bn_sums") == "cuda"
+
+
 def test_unknown_name():
     with pytest.raises(ConfigError, match="did you mean 'triton'"):
         ops.use("tritno")
@@ -89,7 +104,7 @@ def test_the_tables_of_ops_agree():
         for alias in node.names
     }
     assert typed == ops._FAMILY
-    assert sorted(ops.__all__) == sorted([*ops._FAMILY, "backend", "build_info", "table", "use"])
+    assert sorted(ops.__all__) == sorted([*ops._FAMILY, "backend", "build_info", "captured", "table", "use"])
     assert set(ops._FAMILY) - set(_registry.OPS) == {"bn_stats", "moments", "fold_stem"}  # made of others, or plain torch
     assert set(_registry.OPS) <= set(ops._FAMILY)
     rows = [line for line in (DOCS / "ops.md").read_text(encoding="utf-8").splitlines() if line.startswith("| `")]

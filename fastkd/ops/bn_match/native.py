@@ -34,13 +34,12 @@ def pieces(n: int, c: int, hw: int, layout: int, gpu: bool, plane: int = 4096) -
     return -(-rows // per), per
 
 
-def _sizes(x: Tensor) -> tuple[Any, int]:
-    """Sizes of a dense tensor, and the number of its pieces."""
+def sized(x: Tensor, plane: int = 4096) -> tuple[Any, int]:
+    """Sizes of a dense tensor, and the number of its pieces (`plane` as in `pieces`)."""
     n, c = x.shape[:2]
     hw = x.numel() // max(n * c, 1) if n * c else 0
     layout = NHWC if hw == 1 or not x.is_contiguous() else NCHW
-    # On a GPU a block's threads then have four vectors each under way.
-    groups, per = pieces(n, c, hw, layout, x.is_cuda, 8192 if x.is_cuda else 4096)
+    groups, per = pieces(n, c, hw, layout, x.is_cuda, plane)
     return _native.sizes(n, c, hw, groups, per, _native.DTYPE[x.dtype], layout), groups
 
 
@@ -50,7 +49,7 @@ def bn_fwd(
     """(y or None, sums [2, C]); `frozen` is (scale, bias) where y is wanted."""
     x = dense(x)
     wide = torch.promote_types(x.dtype, torch.float32)
-    size, groups = _sizes(x)
+    size, groups = sized(x)
     shift = vector(shift, wide)
     scale, bias = (vector(v, wide) for v in frozen) if frozen else (None, None)
     residual = None if residual is None else dense(residual, x)
@@ -75,7 +74,7 @@ def bn_bwd(
     """(dx, dresidual or None) in the layout of x."""
     x = dense(x)
     wide = torch.promote_types(x.dtype, torch.float32)
-    size, _ = _sizes(x)
+    size, _ = sized(x)
     gsums = None if gsums is None else gsums.to(wide).contiguous()
     gy = None if gy is None else dense(gy.to(x.dtype), x)
     shift = vector(shift, wide)

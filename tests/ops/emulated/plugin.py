@@ -26,4 +26,4 @@ def pytest_configure(config: Any) -> None:
     module, pieces = _module(), bn_match.pieces
     _native._load = lambda: (module, "")  # type: ignore[assignment]
     _native._where = lambda x: (1, True, 0)  # type: ignore[assignment]
-    bn_match.pieces = lambda n, c, hw, layout, gpu, plane: pieces(n, c, hw, layout, True, 8192)  # type: ignore[assignment]
+    bn_match.pieces = lambda n, c, hw, layout, gpu, plane: pieces(n, c, hw, layout, True, plane)  # type: ignore[assignment]
