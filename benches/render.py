@@ -136,7 +136,7 @@ def taken(record: dict[str, Any]) -> Iterator[str]:
             continue
         numbers = [f"{r['ms']:.4g}", f"{r['host_ms']:.3g}", f"{r['images_s']}", f"{r.get('peak_mib', '')}"]
         body.append([r["method"], r["step"], r["provider"], r.get("rung", ""), *numbers, ratio(r.get("x_rung")), ratio(r.get("x_eager"))])
-    head = ["method", "step", "as", "what it adds", "ms", "ms of the host", "images/s", "peak MiB", "over the rung before", "over the first"]
+    head = ["method", "step", "as", "what it adds", "ms", "ms of the host", "images/s", "peak MiB", "over the one before", "over the first"]
     yield table(head, body)
 
 

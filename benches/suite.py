@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from fastkd.errors import ConfigError, PlaceError, unknown
+from fastkd.assemble.device import resolve_device
+from fastkd.errors import ConfigError, unknown
 
 from . import BENCHES, baseline, check, tables, targets, verdicts
 from ._case import Plan
@@ -125,17 +126,7 @@ def module_of(name: str) -> Any:
 
 def plan_of(request: Request) -> Plan:
     """The plan of a request on this machine."""
-    name = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device '{name}' is not known; expected cpu, cuda or cuda:N.") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device '{name}' has no benches; expected cpu, cuda or cuda:N.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise PlaceError(f"device '{name}' is not there: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs.")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = resolve_device(request.device or "auto")
     counts = request.threads
     if counts is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

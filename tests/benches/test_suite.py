@@ -177,8 +177,8 @@ def test_a_baseline_that_is_none(tmp_path: Path, text: str):
     [
         ({"only": ("cma",)}, ConfigError, "did you mean 'cam'"),
         ({"threads": (0,)}, ConfigError, "at least 1"),
-        ({"device": "tpu"}, ConfigError, "expected cpu, cuda or cuda:N"),
-        ({"device": "meta"}, ConfigError, "expected cpu, cuda or cuda:N"),
+        ({"device": "tpu"}, ConfigError, "expected auto, cpu, cuda or cuda:N"),
+        ({"device": "meta"}, ConfigError, "expected auto, cpu, cuda or cuda:N"),
         ({"device": "cuda:99"}, PlaceError, "is not there"),
     ],
 )
@@ -208,7 +208,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence(cli_run, capsys: pytest.C
     done = cli_run("bench", "--only", "cma")
     assert done.exit_code == 2 and "did you mean 'cam'" in done.stderr
     assert __main__.main(["--out", str(tmp_path), "--device", "tpu"]) == 2
-    assert "expected cpu, cuda" in capsys.readouterr().err
+    assert "expected auto, cpu, cuda" in capsys.readouterr().err
 
 
 def test_every_bench_is_there():
