@@ -77,7 +77,7 @@ def no_memory(e: BaseException) -> bool:
     """Whether memory ran out; torch says it in a RuntimeError on the CPU and in a class of its own on a GPU."""
     if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError":
         return True
-    return "can't allocate memory" in str(e) or "not enough memory" in str(e)
+    return any(said in str(e) for said in ("can't allocate memory", "not enough memory", "CUDA error: out of memory"))
 
 
 def exit_code(e: BaseException) -> int:

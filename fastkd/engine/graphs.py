@@ -8,6 +8,7 @@ for the guards, masking what is not finite, counting) is captured with it, so th
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -47,7 +48,7 @@ class Graphs:
         """Do a step by replay, capturing it first where it is due; False: it is to be done eagerly.
 
         Args:
-          variant: what the host code of the step depends on: its name and arguments.
+          variant: what the host code of the step depends on: its function and arguments.
           layout: an object that is replaced when buffers that `body` writes move; what was captured before is then dropped.
           body: the step with all that is done for it on the device; its draws are seeded.
         """
@@ -61,26 +62,45 @@ class Graphs:
             self._calls[variant] += 1
             if self._calls[variant] <= EAGER:
                 return False
-            replay = self._captured(variant, body)
-            if replay is None:
-                return False
+            return self._captured(variant, body)
         replay()
         return True
 
-    def _captured(self, variant: Hashable, body: Callable[[], None]) -> Replay | None:
+    def give_up(self) -> bool:
+        """Drop all graphs with their memory, and keep every step eager from here on; whether there were any."""
+        held = bool(self._replays)
+        if held:
+            self._drop()
+            self.on = False
+        return held
+
+    def _captured(self, variant: Hashable, body: Callable[[], None]) -> bool:
+        """Capture a step and replay it for the first time; False: it is to be done eagerly, now and always."""
         if self._pool is None and self.method.device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()
         try:
-            replay = capture(body, list(self.method.rng.generators()), self._pool)
+            replay = capture(lambda: self._watched(body), list(self.method.rng.generators()), self._pool)
+            replay()  # a first launch takes memory too; one that fails has done nothing
         except Exception as problem:  # whatever it is, the step itself may still work
             self.method.step_ends()
             self._drop()
             self._eager.add(variant)
             why = "memory ran out" if no_memory(problem) else (str(problem).splitlines() or [type(problem).__name__])[0]
             self.tell(f"step '{self.method.log.prefix}' stays eager, it could not be captured in a CUDA graph: {why}")
-            return None
+            return False
         self._replays[variant] = replay
-        return replay
+        return True
+
+    def _watched(self, body: Callable[[], None]) -> None:
+        """`body`, which must neither make what lives on (its making would be recorded, not done) nor draw on the CPU (once, for ever)."""
+        sums, drawn = set(self.method.log.sums), torch.get_rng_state()
+        body()
+        if new := [name for name in self.method.log.sums if name not in sums]:
+            for name in new:
+                del self.method.log.sums[name]
+            raise RuntimeError(f"it logs '{new[0]}', which its first {EAGER} calls did not")
+        if not torch.equal(drawn, torch.get_rng_state()):
+            raise RuntimeError("it draws random numbers on the CPU")
 
     def _drop(self) -> None:
         self._replays.clear()
@@ -107,7 +127,7 @@ def capture(body: Callable[[], None], generators: list[torch.Generator], pool: A
         graph.register_generator_state(generator)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    with torch.cuda.stream(_stream()):
+    with torch.cuda.stream(_stream(torch.cuda.current_device())):
         # Other threads (heartbeat, files) may call CUDA meanwhile.
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
@@ -133,12 +153,7 @@ def _renew(generators: list[torch.Generator]) -> None:
             generator.graphsafe_set_state(torch.Generator(generator.device).graphsafe_get_state())
 
 
-def _stream() -> torch.cuda.Stream:
-    """The stream of all captures: their memory is reused among them."""
-    global _captures
-    if _captures is None:
-        _captures = torch.cuda.Stream()
-    return _captures
-
-
-_captures: torch.cuda.Stream | None = None
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """The stream of all captures on a device: their memory is reused among them."""
+    return torch.cuda.Stream(device)

@@ -33,7 +33,9 @@ SKIPS_ALLOWED = 0.5
 
 
 def prepare(method: Method, given: Given, *, global_bn: bool = True) -> None:
-    """Bind, check, build and seal a method."""
+    """Bind, check, build and seal a method. Its GPU becomes the current one: streams, events and graphs are made there."""
+    if given.device.type == "cuda":
+        torch.cuda.set_device(given.device)
     method.bind(given)
     method.check()
     method.rng.at(given.seed, -1, "build", 0)

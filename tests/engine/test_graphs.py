@@ -7,7 +7,10 @@ import torch
 
 from fastkd.engine import graphs, loop, state
 from fastkd.engine.events import Events
+from fastkd.engine.guards import Guards, Position
 from fastkd.memory import Store
+from fastkd.method import steps
+from fastkd.methods.noise import Noise
 from tests import small
 from tests.recorder import Recording
 
@@ -87,19 +90,79 @@ def test_what_cannot_be_captured_stays_eager_and_is_said_once(captures):
 
 def test_new_sums_of_the_log_drop_what_was_captured(captures):
     method, dropped = small.prepared("noise"), []
-    steps = graphs.Graphs(method, True, dropped.append)
+    taken = graphs.Graphs(method, True, dropped.append)
     first, second = object(), object()
     body = lambda: None  # noqa: E731
-    assert [steps.take("a", first, body) for _ in range(4)] == [False, False, True, True]
+    assert [taken.take("a", first, body) for _ in range(4)] == [False, False, True, True]
     assert captures.made == 1
-    assert steps.take("a", second, body) and captures.made == 2
-    assert not steps.take("b", second, body) and not dropped
+    assert taken.take("a", second, body) and captures.made == 2
+    assert not taken.take("b", second, body) and not dropped
+
+
+def test_what_is_first_logged_while_it_is_captured_stays_eager(captures):
+    method, said = small.prepared("noise"), []
+    taken, calls = graphs.Graphs(method, True, said.append), [0]
+
+    def body():
+        calls[0] += 1
+        method.log.add(late=torch.zeros(()))
+
+    assert [taken.take("a", None, body) for _ in range(4)] == [False, False, False, False]
+    assert "logs 'late'" in said[0] and not method.log.sums and len(said) == 1
+
+
+def test_a_step_that_draws_on_the_cpu_stays_eager(captures):
+    said = []
+    taken = graphs.Graphs(small.prepared("noise"), True, said.append)
+    assert [taken.take("a", None, lambda: torch.rand(1)) for _ in range(3)] == [False, False, False]
+    assert "draws random numbers on the CPU" in said[0]
+
+
+def test_out_of_memory_drops_what_was_captured_before_anything_is_split(captures, monkeypatch):
+    original, fail, said = Noise.student_terms, [False], []
+
+    def terms(self, x, t, rows):
+        if fail[0]:
+            fail[0] = False
+            raise MemoryError("planted")
+        return original(self, x, t, rows)
+
+    monkeypatch.setattr(Noise, "student_terms", terms)
+    whole = walked(("noise", LONGER), graphs=False)
+    method = small.prepared("noise", LONGER)
+    guards = Guards(method, Events(None, [lambda e: said.append(e["text"]) if e["kind"] == "warning" else None]), None, graphs=True)
+    done = 0
+    for epoch in range(method.epochs):
+        for _, fn, args, occurrence in steps(method, epoch):
+            if done == 8 and fn.__name__ == "learn":  # as another step of the run would that is not captured yet
+                fail[0] = guards.graphs._eager.add((fn, args, 1)) is None
+            guards.step(Position(0, epoch, done, fn, args, occurrence))
+            method.step_ends()
+            done += 1
+    assert "captured steps gave theirs back" in said[0] and len(said) == 1 and not guards.graphs.on and method.pace.parts == 1
+    tensors, _ = state.collect(method)
+    assert all(torch.equal(v, whole[k]) for k, v in tensors.items() if k.startswith("student"))
+
+
+def test_a_replayed_step_does_not_bring_back_the_numbers_of_an_earlier_one(captures):
+    method = small.prepared("noise", LONGER)
+    guards = Guards(method, Events(None), None, graphs=True)
+    done = 0
+    for epoch in range(method.epochs):
+        for _, fn, args, occurrence in steps(method, epoch):
+            guards.step(Position(0, epoch, done, fn, args, occurrence))
+            method.step_ends()
+            done += 1
+    assert captures.replays
+    method.pace.rolled_back = True
+    guards.snapshot.restore()
+    assert method.pace.rolled_back
 
 
 def test_variants_are_captured_one_by_one(captures):
-    steps = graphs.Graphs(small.prepared("noise"), True, print)
+    taken = graphs.Graphs(small.prepared("noise"), True, print)
     for variant in ("a", "b", "a", "b", "a", "b"):
-        steps.take(variant, None, lambda: None)
+        taken.take(variant, None, lambda: None)
     assert captures.made == 2 and captures.replays == 2
 
 

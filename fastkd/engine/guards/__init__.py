@@ -108,7 +108,11 @@ class Guards:
                 problem, rows = str(e), self.method.rows_to_split()
             # Outside of the handler: a traceback keeps every tensor of the step alive.
             self._free()
-            action = self.backoff.decide(at, rows, problem)
+            if self.graphs.give_up():  # first what results do not depend on: captured steps hold memory of their own
+                self._free()
+                action = f"out of memory in step '{at.name}': captured steps gave theirs back, and all steps are eager from here on"
+            else:
+                action = self.backoff.decide(at, rows, problem)
             if self.snapshot.changed():
                 end = f"out of memory in step '{at.name}' after its update had begun, and there is no checkpoint to go back to"
                 raise GoBack(action, NoMemoryError(f"{end} ({problem}); lower method.batch or method.kd_batch."))
@@ -144,9 +148,10 @@ class Guards:
         if not self.graphs.on:
             return False
         at.seed_draws(self.method)
-        variant = (at.name, at.args, self.method.pace.parts)
+        variant = (at.fn, at.args, self.method.pace.parts)
         if not self.graphs.take(variant, self.snapshot.layout(), body):
             return False
+        self.snapshot.forget_numbers()
         if at.name in self.finite.names():
             self._note(at)  # a graph counts on the device alone
         return True
@@ -179,13 +184,13 @@ class Guards:
         said = f"{IN_A_ROW} '{name}' steps in a row were not finite"
         if bad:
             said += f" (term {bad[0].removeprefix(f'{name}.')})"
-        ago = self.finite.ago(name)  # good ones may have followed
+        ago, again = self.finite.ago(name), self.method.pace.rolled_back  # good ones may have followed
         if self.out is not None and ago < len(taken):
             self.snapshot.restore()  # cursors of the last step, so that where it is this one its batch is the same again
             with self.cast():
                 said += dump(self.method, taken[-1 - ago], self.out)
             self.method.step_ends()
-        if self.method.pace.rolled_back:
+        if again:
             lower = "the last checkpoint is finite: lower the learning rates, and start anew with another --out"
             raise NumericalError(f"{said}, also after a roll-back with learning rates times {LR_FACTOR}; {lower}.")
         raise GoBack(said, NumericalError(f"{said}, and there is no checkpoint to go back to; lower the learning rates."), rate=LR_FACTOR)

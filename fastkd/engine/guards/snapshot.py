@@ -94,6 +94,10 @@ class Snapshot:
         found = [i for i in state.walk(self.method) if isinstance(i, state.NumberItem)] if numbers else []
         self._numbers = [(i, i.value) for i in found]
 
+    def forget_numbers(self) -> None:
+        """A replayed step moves none, and takes no copy: those of an earlier step are not to be put back."""
+        self._numbers = []
+
     def changed(self) -> bool:
         """Whether an update has begun since."""
         return self._versions != [t._version for t in self.owned]
