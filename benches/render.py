@@ -63,7 +63,7 @@ def page(results: Path) -> str:
     measured = {device_type(own) for own in found.values()}
     parts = [HEAD]
     for name, own in found.items():
-        parts += [section(name, own), *earlier(results / name)]
+        parts += [section(name, own, notes(results / name)), *earlier(results / name)]
     for kind, title in (("cpu", "CPU"), ("cuda", "GPU")):
         if kind not in measured:
             head, lines, _ = verdicts.table(targets.of(kind), {})
@@ -93,10 +93,16 @@ def device_type(own: Records) -> str:
     return str(next(iter(own.values()))["facts"]["type"])
 
 
-def section(name: str, own: Records) -> str:
+def notes(folder: Path) -> str:
+    """What is to be known of a folder's records: its README.md, where it has one."""
+    path = folder / "README.md"
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def section(name: str, own: Records, said: str = "") -> str:
     """All tables of one device."""
     head, lines, _ = verdicts.table(targets.of(device_type(own)), own)
-    parts = [f"## {name}\n", *machine(own), "\n### Targets\n", table(head, lines)]
+    parts = [f"## {name}\n", *machine(own), said, "\n### Targets\n", table(head, lines)]
     if "generator" in own:
         parts += ["\n### A generator step, rung by rung\n", *ladder(own["generator"])]
     for bench, record in own.items():
