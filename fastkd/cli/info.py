@@ -60,7 +60,10 @@ def of_machine() -> dict[str, Any]:
         "gpus": [gpu(i) for i in range(torch.cuda.device_count())],
         "launcher": launcher(), "compiled": compiled(), "packages": {name: version(name) for name in NEEDED},
         "optional": {name: importable(name, module) for name, module in OPTIONAL.items()},
-        "ops": [{"op": op, "device": device, "backend": chosen, "why": reasons} for op, device, chosen, reasons in ops.table()],
+        "ops": [
+            {"op": op, "device": device, "backend": chosen, "deterministic": ops.deterministic(chosen, device), "why": reasons}
+            for op, device, chosen, reasons in ops.table()
+        ],
         "disk_free": disk.free, "shared_memory": shared_memory(), "hints": hints(disk.free),
     }  # fmt: skip
 
@@ -151,8 +154,8 @@ def show_machine(found: dict[str, Any]) -> None:
         rows += [("shared memory", size(found["shared_memory"]))]
     summary.print_facts(rows)
     summary.print_table(
-        ("op", "device", "runs as", "others"),
-        [(r["op"], r["device"], r["backend"], _others(r)) for r in found["ops"]],
+        ("op", "device", "runs as", "deterministic", "others"),
+        [(r["op"], r["device"], r["backend"], "yes" if r["deterministic"] else "with --deterministic", _others(r)) for r in found["ops"]],
     )
     for hint in found["hints"]:
         summary.console().print(f"hint: {hint}")

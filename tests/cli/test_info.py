@@ -23,11 +23,20 @@ def test_machine(cli) -> None:
     assert found["torch"] == torch.__version__ and found["packages"]["click"] != "missing" and found["disk_free"] > 0
     assert {row["op"] for row in found["ops"]} == {row[0] for row in ops.table()}
     assert all(set(row["why"]) >= {"reference"} for row in found["ops"])
+    assert all(row["deterministic"] is True for row in found["ops"] if row["device"] == "cpu")
 
 
 def test_for_people(cli) -> None:
     said = cli("info").stdout
-    assert all(word in said for word in ("python", "torch", "bn_sums", "free disk", "compiled"))
+    assert all(word in said for word in ("python", "torch", "bn_sums", "free disk", "compiled", "deterministic"))
+
+
+def test_which_ops_are_deterministic_as_they_stand(cli, monkeypatch) -> None:
+    rows = [("bn_sums", "cuda", "cuda"), ("bn_stats", "cuda", "triton"), ("upsample_conv2d", "cuda", "fold"), ("cam", "cpu", "reference")]
+    monkeypatch.setattr(ops, "table", lambda: [(*row, {}) for row in rows])
+    assert [row["deterministic"] for row in json.loads(cli("info", "--json").stdout)["ops"]] == [True, True, False, True]
+    lines = cli("info").stdout.splitlines()
+    assert [line.split()[3:] for line in lines if line.strip().startswith("upsample_conv2d")] == [["with", "--deterministic"]]
 
 
 @pytest.mark.fault("T32")

@@ -104,7 +104,7 @@ def test_the_tables_of_ops_agree():
         for alias in node.names
     }
     assert typed == ops._FAMILY
-    assert sorted(ops.__all__) == sorted([*ops._FAMILY, "backend", "build_info", "captured", "table", "use"])
+    assert sorted(ops.__all__) == sorted([*ops._FAMILY, "backend", "build_info", "captured", "deterministic", "table", "use"])
     assert set(ops._FAMILY) - set(_registry.OPS) == {"bn_stats", "moments", "fold_stem"}  # made of others, or plain torch
     assert set(_registry.OPS) <= set(ops._FAMILY)
     rows = [line for line in (DOCS / "ops.md").read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
