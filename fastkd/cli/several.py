@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,7 +88,7 @@ def one_of_them(config: RunConfig, out: Path, work: Callable[[], int]) -> int:
     """Be a rank. Under our own launcher a rank that must end the run writes why and leaves with 0: restarts are for crashes."""
     from fastkd.engine import events
 
-    ours = bool(os.environ.get(launch.OURS))
+    ours, began = bool(os.environ.get(launch.OURS)), time.time()
     if ours and events.final(out):
         return 0  # a rank of the attempt before said so
 
@@ -96,7 +97,8 @@ def one_of_them(config: RunConfig, out: Path, work: Callable[[], int]) -> int:
             return work()
         except Exception as e:
             known, status = exit_code(e) != exits.UNEXPECTED, events.final(out)
-            if status and status["state"] == "fatal" and not known:  # a connection that was closed, as a rule
+            # As a rule a connection that was closed. What an earlier start has left explains nothing.
+            if status and status["state"] == "fatal" and status.get("time", 0.0) >= began and not known:
                 raise EndedByAnotherError(status) from e
             # While the group still stands: when it falls, the others see in status.json that theirs is no crash.
             if ours and known and status is None:
