@@ -179,7 +179,7 @@ def make_job(config: RunConfig, target: Target | None = None, *, fake: bool = Fa
     frozen = instrument(placed(copy.deepcopy(teacher.net), device, channels_last=config.channels_last), shape=teacher.shape)
     student = Student(placed(net, device, channels_last=config.channels_last), shape=teacher.shape)
     check_answers(method, name, frozen, student, config.data, test)
-    real = real_images(config, method, name, teacher, test)
+    real = real_images(config, method, name, teacher, test, dense=frozen.dense)
     check_needs(method, name, frozen, real is not None)
     notes += [] if real is None else [f"real images: {n}" for n in real.notes]
     wishes = (config.memory.images, config.memory.tier)

@@ -53,6 +53,18 @@ def test_student_steps_equal_those_of_the_compared_run():
     assert rates[0] == rates[1] and rates[0][0] == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_loss_is_that_of_the_compared_run(dense):
+    kl, l1 = (small.prepared("noise", {"dense": dense, "loss": loss, "tau": 4.0}) for loss in ("kl", "l1"))
+    x = torch.randn(6, *kl.shape)
+    with torch.no_grad():
+        t, s = kl.teacher(x).logits, kl.student.eval()(x)
+        l1.student.eval()
+        found = {**kl.student_terms(x, t, None), **l1.student_terms(x, t, None)}
+    p, q = ((v / 4).softmax(1) for v in (t, s))
+    torch.testing.assert_close(found, {"kl": 16 * (p * (p / q).log()).sum(1).mean(), "gap": (t - s).abs().mean()})
+
+
 def test_the_store_does_not_change_after_build():
     m = small.prepared("noise")
     before = m.pool.images.clone()
