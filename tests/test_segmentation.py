@@ -143,7 +143,7 @@ def test_what_vanilla_kd_cannot_do_with_labels_of_pixels_is_said_before_the_firs
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["dfad-nyuv2", "fast-nyuv2"])
+@pytest.mark.parametrize("recipe", ["dfad-nyuv2", "fast-nyuv2", "dfad-camvid"])
 def test_the_recipes_build_at_their_size_and_fit_together(recipe, tmp_path):
     from fastkd.config import resolve
 
@@ -154,7 +154,7 @@ def test_the_recipes_build_at_their_size_and_fit_together(recipe, tmp_path):
     models.save_weights(tmp_path / "teacher.safetensors", net.state_dict(), said)
     walked = assemble.dry_run(resolve(recipe, {"teacher": {"weights": str(tmp_path / "teacher.safetensors")}, "data": "none"}))
     times = {row["step"]: row["times"] for row in walked["steps"]}
-    if recipe == "dfad-nyuv2":
+    if recipe.startswith("dfad"):
         assert (times["learn"], times["generate"], walked["epochs"]) == (300 * 250, 300 * 50, 300)
     else:
         assert (times["remember"], times["learn"], walked["epochs"]) == (220, 200 * 50, 220)

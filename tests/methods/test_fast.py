@@ -131,6 +131,20 @@ def test_zero_weights_leave_the_one_hot_loss():
     torch.testing.assert_close(sum(terms.values()), expected)
 
 
+def test_the_teacher_recovers_more_labels_along_the_inner_loop():
+    m = small.prepared("fast", {"adv": 0.0, "bn": 0.0, "oh": 1.0, "batch": 32, "lr_g": 3e-3, "aug": "none"})
+    m.rng.at(0, 0, "start", 0)
+    m.start()
+    right = []
+    for n in range(20):
+        with torch.no_grad():
+            right.append((m.teacher(m.view(m.clone(m.z))).logits.argmax(1) == m.task.y).float().mean().item())
+        m.rng.at(0, 0, "adapt", n)
+        m.adapt(False)
+        m.step_ends()
+    assert right[-1] > right[0] + 0.3 and right[10] > right[0], right
+
+
 def test_first_call_has_the_plain_bn_loss_and_later_ones_a_scaled_gradient():
     m = small.prepared("fast", {"adv": 0.0, "oh": 0.0, "bn": 1.0})
     m.rng.at(0, 0, "start", 0)
@@ -175,6 +189,12 @@ def test_the_pool_grows_by_a_batch_an_epoch_and_keeps_the_best_iterate(monkeypat
         best = images[4 * call + part.index(min(part))]
         stored = m.pool.images[call * m.batch : (call + 1) * m.batch].permute(0, 3, 1, 2)
         assert torch.equal(stored, (best.clamp(0, 1) * 255).floor().to(torch.uint8))
+
+
+def test_the_published_pool_has_its_sizes():
+    m = Fast()
+    assert (m.calls(m.warmup) * m.batch, m.calls(m.epochs) * m.batch) == (5_120, 56_320)
+    assert [m.calls(e + 1) * m.batch for e in range(3)] == [256, 512, 768]
 
 
 def test_frozen_networks_during_synthesis():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastkd.engine import loop
 from fastkd.method import steps
 from tests import small
 
@@ -33,8 +34,10 @@ def test_uniform_is_normalised_with_the_teachers_constants():
 
 
 def test_seed_and_kind_decide_the_images():
-    a, b, c = (small.prepared("noise", seed=s).pool.images for s in (1, 1, 2))
-    assert torch.equal(a, b) and not torch.equal(a, c)
+    for kind in ("gaussian", "uniform"):
+        a, b, c = (small.prepared("noise", {"kind": kind}, seed=s).pool.images for s in (1, 1, 2))
+        assert torch.equal(a, b) and not torch.equal(a, c)
+    assert a.float().std() > 50  # of 8 bits: nothing of the Gaussian's space
 
 
 def test_student_steps_equal_those_of_the_compared_run():
@@ -51,6 +54,16 @@ def test_student_steps_equal_those_of_the_compared_run():
                     fn(*args)
                     rates[-1].append(m.opt_s.param_groups[0]["lr"].item())
     assert rates[0] == rates[1] and rates[0][0] == pytest.approx(0.05)
+    assert noise.images_of("distillation") == muse.images_of("distillation") == 8
+
+
+def test_no_label_and_no_real_image_enters():
+    m = small.small("noise")
+    assert not m.uses_real() and not m.needs
+    given = small.given()
+    given.real = given.embeddings = None
+    loop.prepare(m, given)
+    assert not m.pool.columns and small.run(m) == 0
 
 
 @pytest.mark.parametrize("dense", [False, True])
