@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastkd.engine import loop
-from fastkd.errors import ConfigError
+from fastkd.engine.attributes import nodes
+from fastkd.errors import ConfigError, MethodError
 from fastkd.memory import Store
 from fastkd.method import Given, Method, steps
 
@@ -79,7 +81,7 @@ class Wire(TorchDispatchMode):
         if func.namespace == "c10d" and func._schema.name.removeprefix("c10d::") in self.SHARES:
             share = self.SHARES[func._schema.name.removeprefix("c10d::")]
             # A ring passes on all but its own piece: of what is summed twice, of what is gathered or scattered once.
-            own = sum(_bytes(args[0], set()))
+            own = sum(t.nbytes for t in tree_leaves(args[0]) if isinstance(t, Tensor))
             self.sent += share * (self.world - 1) / self.world * own
         return func(*args, **(kwargs or {}))
 
@@ -101,7 +103,7 @@ def walk(method: Method, given: Given, *, precision: str = "fp32", global_bn: bo
       `build` made, by attribute, on the device; host: the same of images in the host memory of a GPU's machine (on a CPU both are one).
       epochs, total: numbers of epochs and steps. wire: bytes sent in all steps.
     Raises:
-      ConfigError: sizes that do not fit together; the step is named.
+      ConfigError: sizes that do not fit together; the step is named. MethodError: a step that reads values of a tensor on the host.
     """
     rows: list[dict[str, Any]] = []
     with pretended(world), FakeTensorMode(allow_non_fake_inputs=True), Wire(world) as wire:
@@ -114,14 +116,17 @@ def walk(method: Method, given: Given, *, precision: str = "fp32", global_bn: bo
             try:
                 with autocast():
                     kind.fn(*kind.args)
+            except (DataDependentOutputException, DynamicOutputShapeException) as problem:
+                raise MethodError(
+                    f"step '{kind.fn.__name__}' of epoch {kind.epoch} reads values of a tensor on the host ({problem.func}), and a dry run"
+                    " has none; keep them on the device: an eager step may read host numbers, such as how full a store is."
+                ) from None
             except (RuntimeError, ValueError, IndexError) as problem:
                 said = str(problem).splitlines()[0]
                 raise ConfigError(f"step '{kind.fn.__name__}' of epoch {kind.epoch} cannot run with these sizes: {said}") from None
             method.step_ends()
             rows.append({**kind.row, "wire": wire.take()})
-    seen: set[int] = set()
-    parts = {"teacher": given.teacher, **{k: v for k, v in sorted(vars(method).items()) if k not in ("teacher", "real") and k[0] != "_"}}
-    held = {name: _bytes(value, seen) for name, value in parts.items()}
+    held = _held(method, given)
     apart = given.places is not None and given.places.on_gpu
     sizes = {name: own + (0 if apart else host) for name, (own, host) in held.items()}
     hosted = {name: host for name, (_, host) in held.items() if apart}
@@ -130,34 +135,30 @@ def walk(method: Method, given: Given, *, precision: str = "fp32", global_bn: bo
     return {"steps": rows, **by_part, "epochs": method.epochs, "total": total, "ranks": world, "wire": sent}
 
 
-def _bytes(value: Any, seen: set[int]) -> tuple[int, int]:
-    """Bytes of all tensors that hang on a value and were not counted yet: those where it computes, and those of host memory."""
-    own = host = 0
-    for t, hosted in _tensors(value):
-        if id(t) not in seen:
-            seen.add(id(t))
-            own, host = (own, host + t.nbytes) if hosted else (own + t.nbytes, host)
-    return own, host
+def _held(method: Method, given: Given) -> dict[str, tuple[int, int]]:
+    """By attribute the bytes of all tensors that hang on it and were not counted yet: where it computes, and in host memory."""
+    held: dict[str, tuple[int, int]] = {}
+    seen: set[int] = set()
+
+    def count(attribute: str, tensors: Iterable[Any], *, hosted: bool = False) -> None:
+        new = {id(t): t.nbytes for t in tensors if isinstance(t, Tensor) and id(t) not in seen}
+        seen.update(new)
+        own, host = held.get(attribute, (0, 0))
+        held[attribute] = (own, host + sum(new.values())) if hosted else (own + sum(new.values()), host)
+
+    if given.teacher is not None:
+        count("teacher", _of(given.teacher))
+    for node in nodes(method, "teacher", "real", "log"):
+        if isinstance(node.value, Store) and node.value.hosted:
+            count(node.attribute, [node.value.images], hosted=True)
+        count(node.attribute, _of(node.value))
+    return held
 
 
-def _tensors(value: Any) -> Iterator[tuple[Tensor, bool]]:
-    """The tensors of a value, each with whether a store keeps it in host memory."""
-    if isinstance(value, Tensor):
-        yield value, False
-        return
+def _of(value: Any) -> list[Any]:
+    """The tensors of a value that the walk does not enter, or itself."""
     if isinstance(value, nn.Module):
-        inner: Any = [*value.parameters(), *value.buffers()]
-    elif isinstance(value, torch.optim.Optimizer):
-        inner = [t for s in value.state.values() for t in s.values()]
-    elif isinstance(value, dict):
-        inner = value.values()
-    elif isinstance(value, list | tuple):
-        inner = value
-    elif type(value).__module__.startswith(("fastkd.memory", "fastkd.methods")):
-        inner = vars(value).values()
-        if isinstance(value, Store) and value.hosted:
-            yield value.images, True
-    else:
-        return
-    for v in inner:
-        yield from _tensors(v)
+        return [*value.parameters(), *value.buffers()]
+    if isinstance(value, torch.optim.Optimizer):
+        return [t for s in value.state.values() for t in s.values()]
+    return [value]

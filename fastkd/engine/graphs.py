@@ -16,13 +16,16 @@ from typing import Any
 import torch
 
 from fastkd import ranks
-from fastkd.engine.state import hanging
+from fastkd.engine.attributes import hanging
 from fastkd.errors import no_memory
 from fastkd.memory import Store
 from fastkd.method import Method
 
 EAGER = 2
 """Calls of a variant before it is captured: they make what lives on (sums of the log), load kernels and choose algorithms."""
+
+VARIANTS = 16
+"""Variants of one step that are captured. The methods of fastkd have one or two a resolution; more come from an argument that is data."""
 
 Replay = Callable[[], None]
 
@@ -32,7 +35,7 @@ class Graphs:
 
     Args:
       method: prepared. wanted: False keeps every step eager.
-      tell: is given one sentence where a step cannot be captured and stays eager.
+      tell: is given one sentence where a step stays eager, because it cannot be captured or has too many variants.
     """
 
     def __init__(self, method: Method, wanted: bool, tell: Callable[[str], None]):
@@ -40,6 +43,7 @@ class Graphs:
         self.on = wanted and capturable(method)
         self._replays: dict[Hashable, Replay] = {}
         self._calls: Counter[Hashable] = Counter()
+        self._variants: Counter[str] = Counter()
         self._eager: set[Hashable] = set()
         self._layout: object = None
         self._pool: Any = None
@@ -59,6 +63,8 @@ class Graphs:
             self._layout = layout
         replay = self._replays.get(variant)
         if replay is None:
+            if variant not in self._calls and not self._counted(variant):
+                return False
             self._calls[variant] += 1
             if self._calls[variant] <= EAGER:
                 return False
@@ -73,6 +79,20 @@ class Graphs:
             self._drop()
             self.on = False
         return held
+
+    def _counted(self, variant: Hashable) -> bool:
+        """Count a variant of the running step that is met for the first time; False: it is one too many, and stays eager."""
+        name = self.method.log.prefix
+        self._variants[name] += 1
+        if self._variants[name] <= VARIANTS:
+            return True
+        self._eager.add(variant)
+        if self._variants[name] == VARIANTS + 1:
+            self.tell(
+                f"step '{name}' was called with more than {VARIANTS} different arguments: those that come now stay eager;"
+                " an argument selects a variant, data is kept in tensors that build() makes"
+            )
+        return False
 
     def _captured(self, variant: Hashable, body: Callable[[], None]) -> bool:
         """Capture a step and replay it for the first time; False: it is to be done eagerly, now and always."""

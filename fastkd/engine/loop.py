@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastkd import files, ops, ranks
-from fastkd.engine import allocator, checkpoint, evaluation, heartbeat, state
+from fastkd.engine import allocator, attributes, checkpoint, evaluation, heartbeat, state
 from fastkd.engine.clock import Clock
 from fastkd.engine.events import Events
 from fastkd.engine.guards import GoBack, Guards, Position
@@ -42,20 +42,12 @@ def prepare(method: Method, given: Given, *, global_bn: bool = True) -> None:
     with placed(given.places):
         method.build()
     if global_bn:
-        for name, value in vars(method).items():
-            if name not in ("teacher", "real"):
-                for net in _networks(value):
-                    globalise(net)
+        for net in attributes.hanging(method, nn.Module):
+            globalise(net)
     method.seal()
     for _ in state.walk(method):  # refuses now, not at the first save, what a checkpoint cannot hold
         pass
-
-
-def _networks(value: Any) -> list[nn.Module]:
-    if isinstance(value, nn.Module):
-        return [value]
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return [net for v in inner for net in _networks(v)]
+    attributes.check_caches(method)
 
 
 def run(

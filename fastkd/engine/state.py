@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastkd import ranks
+from fastkd.engine.attributes import entered, nodes
 from fastkd.errors import MethodTypeError
 from fastkd.log import Log
 from fastkd.memory import Store
-from fastkd.memory.ahead import Ahead
 from fastkd.memory.shard import deal
 from fastkd.method import GIVEN, Method
-from fastkd.rng import Rng
 
 KEPT_GIVEN = {"student", "log", "pace"}
 """Of what `assemble` gives, only these change during a run."""
-Kind = TypeVar("Kind")
-CONSTANTS = (str, bytes, type(None), torch.device, torch.dtype, range, slice)
 
 
 @dataclass
@@ -72,68 +69,45 @@ def walk(method: Method) -> Iterator[Item]:
     Raises:
       MethodTypeError: an attribute of a kind that cannot be saved; the message names it.
     """
-    constant = {f.name for f in fields(method)} if is_dataclass(method) else set()
-    constant |= set(GIVEN) - KEPT_GIVEN
+    constant = set(GIVEN) - KEPT_GIVEN
+    if is_dataclass(method):
+        constant |= {f.name for f in fields(method)}
     seen: set[int] = set()
-    for name, value in sorted(vars(method).items()):
-        if not name.startswith("_") and name not in constant:
-            yield from _visit(name, value, None, seen)
+    for path, value, replace in nodes(method, *constant):
+        if isinstance(value, bool | int | float):
+            if replace is not None:  # without one it sits in a sealed object or a tuple and cannot change
+                yield NumberItem(path, value, replace)
+        elif isinstance(value, Tensor):
+            yield from _tensor(path, value, seen)
+        elif isinstance(value, nn.Module):
+            for name, tensor in [*value.named_parameters(remove_duplicate=False), *value.named_buffers(remove_duplicate=False)]:
+                yield from _tensor(f"{path}.{name}", tensor, seen)
+        elif isinstance(value, torch.optim.Optimizer):
+            yield from _optimizer(path, value, seen)
+        elif isinstance(value, Store) and value.apart:
+            seen.add(id(value.images))
+            yield ImagesItem(f"{path}.images", value)
+        elif not isinstance(value, dict | list | tuple) and not entered(value):
+            raise MethodTypeError(
+                f"{path} is a {type(value).__name__}, which a checkpoint cannot hold; keep tensors, modules, optimisers, stores or numbers"
+            )
 
 
-def _visit(path: str, value: Any, setter: Callable[[Any], None] | None, seen: set[int]) -> Iterator[Item]:
-    if isinstance(value, bool | int | float):
-        if setter is not None:  # without one it sits in a sealed object or a tuple and cannot change
-            yield NumberItem(path, value, setter)
-        return
-    if isinstance(value, CONSTANTS) or id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, Tensor):
-        yield TensorItem(path, value, getattr(value, "per_sample", False))
-    elif isinstance(value, nn.Module):
-        for name, tensor in [*value.named_parameters(remove_duplicate=False), *value.named_buffers(remove_duplicate=False)]:
-            yield from _visit(f"{path}.{name}", tensor, None, seen)
-    elif isinstance(value, torch.optim.Optimizer):
-        yield from _optimizer(path, value, seen)
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _visit(f"{path}.{key}", inner, _into(value, key), seen)
-    elif isinstance(value, list):
-        for i, inner in enumerate(value):
-            yield from _visit(f"{path}.{i}", inner, _into(value, i), seen)
-    elif isinstance(value, tuple):
-        for i, inner in enumerate(value):
-            yield from _visit(f"{path}.{i}", inner, None, seen)
-    elif isinstance(value, Rng | Ahead):
-        return  # made again from the rest
-    elif type(value).__module__.split(".")[0] == "fastkd" or is_dataclass(value):
-        for name, inner in sorted(vars(value).items()):
-            if name == "images" and isinstance(value, Store) and value.apart:
-                yield ImagesItem(f"{path}.{name}", value)
-            else:
-                yield from _visit(f"{path}.{name}", inner, _attribute(value, name), seen)
-    else:
-        raise MethodTypeError(
-            f"{path} is a {type(value).__name__}, which a checkpoint cannot hold; keep tensors, modules, optimisers, stores or numbers"
-        )
+def _tensor(path: str, tensor: Tensor, seen: set[int]) -> Iterator[TensorItem]:
+    if id(tensor) not in seen:
+        seen.add(id(tensor))
+        yield TensorItem(path, tensor, getattr(tensor, "per_sample", False))
 
 
 def _optimizer(path: str, opt: torch.optim.Optimizer, seen: set[int]) -> Iterator[Item]:
     for i, group in enumerate(opt.param_groups):
-        yield from _visit(f"{path}.{i}.lr", group["lr"], None, seen)
+        if isinstance(group["lr"], Tensor):
+            yield from _tensor(f"{path}.{i}.lr", group["lr"], seen)
         for j, p in enumerate(group["params"]):
             for name, tensor in sorted(opt.state[p].items()):
                 if isinstance(tensor, Tensor) and id(tensor) not in seen:
                     seen.add(id(tensor))
                     yield TensorItem(f"{path}.{i}.{j}.{name}", tensor, getattr(p, "per_sample", False) and tensor.shape == p.shape)
-
-
-def _into(container: Any, key: Any) -> Callable[[Any], None]:
-    return lambda value: container.__setitem__(key, value)
-
-
-def _attribute(owner: Any, name: str) -> Callable[[Any], None]:
-    return lambda value: setattr(owner, name, value)
 
 
 def collect(method: Method) -> tuple[dict[str, Tensor], dict[str, int | float | bool]]:
@@ -186,33 +160,3 @@ def restore(
             item.restore(tensors[path])
         elif isinstance(item, NumberItem):
             item.restore(numbers[path])
-
-
-def hanging(method: Method, kind: type[Kind]) -> list[Kind]:
-    """What is of a kind (module, optimiser, store) among the attributes of a method and of the objects of fastkd that it holds; the
-    teacher and real images excepted."""
-    found: list[Kind] = []
-    seen: set[int] = set()
-
-    def visit(value: Any) -> None:
-        if id(value) in seen:
-            return
-        seen.add(id(value))
-        if isinstance(value, kind):
-            found.append(value)
-        elif isinstance(value, dict):
-            for inner in value.values():
-                visit(inner)
-        elif isinstance(value, list | tuple):
-            for inner in value:
-                visit(inner)
-        elif isinstance(value, Tensor | nn.Module | torch.optim.Optimizer):
-            return
-        elif type(value).__module__.startswith("fastkd.") and hasattr(value, "__dict__"):
-            for inner in vars(value).values():
-                visit(inner)
-
-    for name, value in vars(method).items():
-        if name not in ("teacher", "real", "rng", "log"):
-            visit(value)
-    return found

@@ -29,7 +29,8 @@ from fastkd.nn import Student, Teacher, evaluating, frozen, fuse_generator
 from fastkd.rng import Rng
 
 __all__ = [
-    "GIVEN", "Augment", "Augmentation", "Count", "Given", "Method", "Pace", "Phase", "Rate", "Share", "Step", "Weight", "step", "steps",
+    "GIVEN", "OWN", "Augment", "Augmentation", "Count", "Given", "Method", "Pace", "Phase", "Rate", "Share", "Step", "Weight", "step",
+    "steps",
 ]  # fmt: skip
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -93,6 +94,8 @@ class Given:
 
 
 GIVEN = tuple(f.name for f in dataclasses.fields(Given))
+OWN = frozenset({"_life", *inspect.get_annotations(Updates)} - {*GIVEN})
+"""Attributes in which the toolbox keeps what is forgotten when a step ends."""
 
 
 class Method(Updates, Views):
@@ -149,6 +152,9 @@ class Method(Updates, Views):
             raise MethodAttributeError(f"{type(self).__name__}.{name} is set after build(); state that changes is written in place")
         if life != "fields" and name in fields:
             raise MethodAttributeError(f"{type(self).__name__}.{name} is a hyper-parameter and is not set after __init__")
+        if life != "fields" and (name in OWN or name in GIVEN):
+            whose = "the toolbox's own" if name in OWN else "given by the run"
+            raise MethodAttributeError(f"{type(self).__name__}.{name} is {whose} and is not set by a method; choose another name")
         if name not in fields and name not in GIVEN and hasattr(type(self), name):
             raise MethodAttributeError(f"{type(self).__name__}.{name} is a function of the method and cannot be overwritten")
         object.__setattr__(self, name, value)

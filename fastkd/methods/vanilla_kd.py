@@ -139,7 +139,7 @@ class VanillaKd(StudentPhase):
         return [self.pool]
 
     def steps_an_epoch(self) -> int:
-        return self.kd_steps if self.budget == "run" else math.ceil(len(self.pool) / self.kd_batch)
+        return self.kd_steps if self.budget == "run" else math.ceil(len(self.real.images) / self.kd_batch)
 
     def epoch(self, e: int) -> Iterator[Step]:
         if self.trains_student(e):

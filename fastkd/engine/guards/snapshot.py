@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.engine import state
+from fastkd.engine.attributes import hanging
 from fastkd.method import Method
 
 LIMIT = 1 << 16
@@ -128,8 +129,8 @@ def _of_optimisers(method: Method) -> set[int]:
 
 def optimisers(method: Method) -> list[torch.optim.Optimizer]:
     """Every optimiser that hangs on a method."""
-    return state.hanging(method, torch.optim.Optimizer)
+    return hanging(method, torch.optim.Optimizer)
 
 
 def _buffers(method: Method) -> set[int]:
-    return {id(b) for net in state.hanging(method, nn.Module) for b in net.buffers()}
+    return {id(b) for net in hanging(method, nn.Module) for b in net.buffers()}
