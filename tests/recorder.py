@@ -36,7 +36,12 @@ def _has_memory(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and not x._is_zerotensor()
 
 
-SYNCHRONISING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero", "aten::unique_dim"}
+SYNCHRONISING = {
+    *("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero", "aten::unique_dim"),
+    "aten::lift_fresh",  # torch.tensor of a host value: on a GPU it waits for a copy
+}
+TO_THE_HOST = ("cpu", "tolist", "numpy")
+"""Functions of a tensor that copy to the host; on the CPU the dispatcher sees nothing of them."""
 
 
 class NoHostRead(TorchDispatchMode):
@@ -46,7 +51,41 @@ class NoHostRead(TorchDispatchMode):
         super().__init__()
         self.found: list[str] = []
 
+    def __enter__(self):  # type: ignore[no-untyped-def]
+        self._own = {name: getattr(torch.Tensor, name) for name in TO_THE_HOST}
+        for name, function in self._own.items():
+            setattr(torch.Tensor, name, self._noted(name, function))
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        for name, function in self._own.items():
+            setattr(torch.Tensor, name, function)
+
+    def _noted(self, name: str, function: Any) -> Any:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            self.found.append(f"Tensor.{name}")
+            return function(*args, **kwargs)
+
+        return noted
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func._schema.name in SYNCHRONISING:
             self.found.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+class OwnDraws(TorchDispatchMode):
+    """Collects draws outside of the run's streams: from torch's global generator, which every rank seeds alike, so that rows of different
+    ranks would be the same. Parameters that all ranks hold are re-initialised from it, and that is as it should be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if torch.Tag.nondeterministic_seeded in func.tags and (kwargs or {}).get("generator") is None:
+            shared = args and isinstance(args[0], torch.nn.Parameter) and not getattr(args[0], "per_sample", False)
+            if not (shared and func._schema.is_mutable):
+                self.found.append(func._schema.name)
         return func(*args, **(kwargs or {}))

@@ -182,7 +182,7 @@ class Method(Updates, Views):
         raise NotImplementedError
 
     def epoch(self, e: int) -> Iterator[Step]:
-        """The steps of epoch `e`, in order. Pure: depends on fields, `seed` and `e` only and changes nothing.
+        """The steps of epoch `e`, in order. Pure: depends on fields, what is given and `e` only and changes nothing.
 
         An item is a step, or (step, *args); args of a step that is not eager select a variant, they are never data.
         """

@@ -166,6 +166,18 @@ def test_variants_are_captured_one_by_one(captures):
     assert captures.made == 2 and captures.replays == 2
 
 
+def test_a_step_with_data_for_an_argument_does_not_fill_the_memory_with_graphs(captures):
+    said = []
+    taken = graphs.Graphs(small.prepared("noise"), True, said.append)
+    taken.method.log.prefix = "adapt"
+    done = [[taken.take(("adapt", n), None, lambda: None) for _ in range(4)] for n in range(graphs.VARIANTS + 9)]
+    assert done == [[False, False, True, True]] * graphs.VARIANTS + [[False] * 4] * 9
+    assert captures.made == graphs.VARIANTS
+    assert len(said) == 1 and f"step 'adapt' was called with more than {graphs.VARIANTS} different arguments" in said[0]
+    taken.method.log.prefix = "learn"  # the others go on
+    assert [taken.take("learn", None, lambda: None) for _ in range(4)] == [False, False, True, True]
+
+
 def test_nothing_is_captured_on_a_cpu_or_with_images_elsewhere_or_where_it_is_switched_off(captures, monkeypatch):
     monkeypatch.undo()
     method = small.prepared("muse")

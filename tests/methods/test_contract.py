@@ -2,26 +2,60 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import random
 from collections import Counter
 
 import pytest
 import torch
 
-from fastkd.engine import state
+from fastkd.engine import dry
 from fastkd.engine.guards import snapshot
 from fastkd.engine.guards.memory import Backoff
 from fastkd.log import Log
-from fastkd.method import Method, steps
+from fastkd.memory.ahead import Ahead
+from fastkd.method import GIVEN, Method, steps
+from fastkd.rng import Rng
 from tests import small
-from tests.recorder import NoHostRead, Recording
+from tests.recorder import NoHostRead, OwnDraws, Recording
 
 each = pytest.mark.parametrize("variant", small.VARIANTS, ids=small.ident)
 
 
 def bits(method):
-    tensors, numbers = state.collect(method)
-    return {**{k: v.clone() for k, v in tensors.items()}, **numbers}
+    """All that a run may have changed, by path: found by a walk of its own, so that what a checkpoint forgets is seen."""
+    left_out = {*GIVEN, "_life", "_touched", "_rows"} - {"student", "log", "pace"}
+    found = {}
+    for name, value in vars(method).items():
+        if name not in left_out:
+            _bits(name, value, found, [method])
+    return found
+
+
+def _bits(path, value, found, above):
+    if isinstance(value, torch.Tensor):
+        found[path] = value.detach().clone()
+    elif isinstance(value, torch.nn.Module):
+        inner = {n: {k: v for k, v in vars(m).items() if not k.startswith("_")} for n, m in value.named_modules()}
+        inner = {n: {k: v for k, v in m.items() if isinstance(v, bool | int | float)} for n, m in inner.items()}
+        _bits(path, [dict(value.named_parameters()), dict(value.named_buffers()), inner], found, above)
+    elif isinstance(value, torch.optim.Optimizer):
+        _bits(path, value.state_dict(), found, above)
+    elif isinstance(value, Rng | Ahead) or any(value is x for x in above):
+        return
+    elif isinstance(value, dict | list | tuple):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _bits(f"{path}.{key}", inner, found, [*above, value])
+    elif hasattr(value, "__dict__") and not isinstance(value, type):
+        _bits(path, vars(value), found, [*above, value])
+    else:
+        found[path] = value
+
+
+def epochs(method):
+    """Names, arguments and occurrences of all steps, by epoch."""
+    return [[(i, fn.__name__, args, n) for i, fn, args, n in steps(method, e)] for e in range(method.epochs)]
 
 
 def differing(a, b):
@@ -30,12 +64,18 @@ def differing(a, b):
     return [k for k in a if not same(a[k], b[k])]
 
 
+@functools.cache
+def any_given(dense):
+    """What is given, once for all that do not change it."""
+    return small.given(dense=dense)
+
+
 @each
 def test_walking_an_epoch_changes_nothing(variant):
     method = small.prepared(*variant)
     before, global_rng = bits(method), torch.get_rng_state()
     generators = {k: g.get_state() for k, g in method.rng._streams.items()}
-    first = [[(i, fn.__name__, args, n) for i, fn, args, n in steps(method, e)] for e in range(method.epochs)]
+    first = epochs(method)
     again = [[(i, fn.__name__, args, n) for i, fn, args, n in steps(method, e)] for e in reversed(range(method.epochs))][::-1]
     assert first == again and sum(map(len, first)) > 0
     assert not differing(before, bits(method))
@@ -56,8 +96,10 @@ def test_killed_at_random_steps_and_resumed_is_bit_identical(variant, tmp_path):
         out.mkdir()
         assert small.run(small.prepared(*variant), out, max_steps=kill) == 75
         resumed = small.prepared(*variant)
+        fresh = epochs(resumed)
         assert small.run(resumed, out, resume=True) == 0
         assert not differing(bits(whole), bits(resumed)), f"killed after step {kill} of {total}"
+        assert epochs(whole) == fresh, "what an epoch yields depends on what the run has done"
 
 
 @each
@@ -87,15 +129,40 @@ def test_no_host_synchronisation_in_a_capturable_step(variant):
         for _, fn, args, n in steps(method, e):
             method.rng.at(0, e, fn.__name__, n)
             drawn = torch.get_rng_state()
-            with NoHostRead() as watch:
+            with NoHostRead() as watch, OwnDraws() as draws:
                 fn(*args)
             method.step_ends()
             if not fn.eager and watch.found:
                 read[fn.__name__] = set(watch.found)
-            if not fn.eager and not torch.equal(drawn, torch.get_rng_state()):  # a graph would draw on the CPU once, for ever
-                read[fn.__name__] = {"a draw outside of the run's streams"}
+            # A graph would draw on the CPU once, for ever.
+            if draws.found or (not fn.eager and not torch.equal(drawn, torch.get_rng_state())):
+                read[fn.__name__] = {"a draw outside of the run's streams", *draws.found}
     # On the CPU torch's fused optimisers read nothing through the dispatcher, so nothing is excused.
     assert not read
+
+
+@each
+def test_arguments_select_a_variant_and_are_not_data(variant):
+    name, over = variant
+    dense, reads = bool(over.get("dense")), small.small(name, over).uses_real()
+    given = small.given_to(small.small(name, over), dense=dense) if reads else any_given(dense)
+    variants = {}
+    for n in (4, 8):
+        method = small.small(name, {**over, "epochs": n})
+        method.bind(given)  # an epoch needs nothing that `build` makes
+        variants[n] = {(step, args) for e in epochs(method) for _, step, args, _ in e if not getattr(method, step).eager}
+    assert len(variants[8]) <= len(variants[4]), f"a longer run has more variants: {sorted(variants[8] - variants[4], key=str)}"
+
+
+@each
+def test_it_walks_on_tensors_without_values(variant, monkeypatch):
+    if variant[1]:  # steps that are not eager are walked with the defaults; that they read nothing is tested above
+        kinds = dry.kinds
+        monkeypatch.setattr(dry, "kinds", lambda method: [kind for kind in kinds(method) if kind.fn.eager])
+    method = small.small(*variant)
+    given = small.given_to(method, dense=bool(variant[1].get("dense")))
+    walked = dry.walk(method, dataclasses.replace(given, rng=Rng()))
+    assert {row["step"] for row in walked["steps"]} == {kind.fn.__name__ for kind in dry.kinds(method)}
 
 
 @each
