@@ -70,9 +70,14 @@ class NoHostRead(TorchDispatchMode):
         return noted
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if func._schema.name in SYNCHRONISING:
+        if func._schema.name in SYNCHRONISING or _masked(func, args):
             self.found.append(func._schema.name)
         return func(*args, **(kwargs or {}))
+
+
+def _masked(func: Any, args: Any) -> bool:
+    """Whether rows are chosen by a mask: how many there are is read."""
+    return func._schema.name == "aten::index" and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
 
 
 class OwnDraws(TorchDispatchMode):
@@ -87,5 +92,5 @@ class OwnDraws(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags and (kwargs or {}).get("generator") is None:
             shared = args and isinstance(args[0], torch.nn.Parameter) and not getattr(args[0], "per_sample", False)
             if not (shared and func._schema.is_mutable):
-                self.found.append(func._schema.name)
+                self.found.append(f"{func._schema.name}, a draw outside of the run's streams")
         return func(*args, **(kwargs or {}))

@@ -41,11 +41,12 @@ def test_it_is_short():
     "inherited",
     [
         contract.test_walking_an_epoch_changes_nothing,
-        contract.test_no_host_synchronisation_in_a_capturable_step,
+        contract.test_no_host_synchronisation_in_a_capturable_step_and_no_foreign_draw_in_any,
         contract.test_recorded_and_replayed_steps_equal_eager_ones,
         contract.test_teacher_is_frozen_and_terms_are_named_and_finite,
         contract.test_attributes_are_sealed_after_build,
         contract.test_arguments_select_a_variant_and_are_not_data,
+        contract.test_it_walks_on_tensors_without_values,
     ],
     ids=lambda f: f.__name__,
 )
@@ -55,10 +56,6 @@ def test_it_passes_what_every_method_inherits(inherited):
 
 def test_it_is_killed_and_resumed_with_the_same_bits(tmp_path):
     contract.test_killed_at_random_steps_and_resumed_is_bit_identical(VARIANT, tmp_path)
-
-
-def test_it_walks_on_tensors_without_values(monkeypatch):
-    contract.test_it_walks_on_tensors_without_values(VARIANT, monkeypatch)
 
 
 def test_its_card_is_what_it_does():
