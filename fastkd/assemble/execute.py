@@ -20,6 +20,7 @@ import torch
 
 import fastkd
 from fastkd import models, ops, ranks
+from fastkd.assemble.device import crowded
 from fastkd.assemble.job import Job
 from fastkd.config import SAFE_ON_RESUME
 from fastkd.engine import checkpoint, evaluation, loop, saver, signals
@@ -149,6 +150,8 @@ def _execute(job: Job, out: Path | None, *, resume: bool, anew: bool, listeners:
     events.listeners.append(Heartbeat(events))
     method, given = job.method, job.given
     notes = [*job.notes, *(given.places.said if given.places is not None else ()), *method.notes()]
+    if crowd := crowded(given.device):
+        notes.append(crowd)
     settings = loop.Settings(
         seed=job.seed,
         precision=job.precision,
@@ -226,7 +229,7 @@ def _summary(job: Job, facts: dict[str, Any], notes: list[str], events: Events, 
         **facts,
         "student": student,
         "epochs": len(epochs),
-        "steps": epochs[-1]["step"] if epochs else 0,
+        "steps": max(events.step, epochs[-1]["step"] if epochs else 0),
         "seconds": {k: round(v, 2) for k, v in seconds.items()},
         "wall": round(wall, 2),
         "device": str(job.given.device),
