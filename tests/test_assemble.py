@@ -194,7 +194,8 @@ def test_metadata_is_taken_and_said_and_options_win(weights):
     "options, sentence",
     [
         ({}, "does not name its architecture"),
-        ({"spec": "resnet8"}, "normalisation .* is not known.*--mean and --std"),
+        ({"spec": "resnet8"}, r"^the normalisation and the input size of .* are not known; expected --mean .* --input-size PIXELS"),
+        ({"spec": "resnet8", "input_size": 8}, "the normalisation of .* is not known; expected --mean"),
         ({"spec": "resnet8", "mean": (0.3,), "std": (0.4,)}, "input size .* is not known"),
         ({"spec": "resnet8", "mean": (0.3, 0.3), "std": (0.4,), "channels": 1, "input_size": 8}, "mean has 2 and std 1 numbers"),
     ],
@@ -202,6 +203,13 @@ def test_metadata_is_taken_and_said_and_options_win(weights):
 def test_what_nobody_knows_is_refused_not_guessed(weights, options, sentence):
     with pytest.raises(ConfigError, match=sentence):
         load_network(TeacherConfig(weights=str(weights[0]), **options))
+
+
+def test_one_number_is_the_normalisation_of_all_channels(tmp_path):
+    path = tmp_path / "rgb.safetensors"
+    models.save_weights(path, models.build("resnet8", classes=4, channels=3, input_size=8).state_dict(), {})
+    found = load_network(TeacherConfig(weights=str(path), spec="resnet8", mean=(0.5,), std=(0.25,), input_size=8))
+    assert (found.mean, found.std, found.shape, found.classes) == ((0.5,) * 3, (0.25,) * 3, (3, 8, 8), 4)
 
 
 def test_class_counts_must_agree(weights, tmp_path):
@@ -348,6 +356,9 @@ def test_constants_of_255_and_class_names_in_an_object_are_refused(weights, tmp_
 def test_an_unfinished_run_is_no_network(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(InputError, match="is not finished; continue it with: fastkd run --resume"):
+        weights_path(str(tmp_path / "run"))
+    (tmp_path / "run" / "config.json").write_text('{"teacher": {"spec": "py:own.py:make"}, "student": {"spec": "resnet8"}}')
+    with pytest.raises(InputError, match=r"run --resume --out .* --teacher py:own.py:make$"):
         weights_path(str(tmp_path / "run"))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from fastkd.cli.common import Size, emit, table, verb
+from fastkd.cli.common import Size, emit, say, table, verb
 from fastkd.cli.deciding import KEYS, check_given, deciding
 
 
@@ -34,6 +34,8 @@ def command(
     given = table(KEYS, options)
     check_given(recipe, given, sets)
     asked = config.resolve(recipe, given, sets, methods=methods.names())
+    if probed:
+        say("taking a step of each kind on this machine (--no-probe leaves that out)")
     planned = plan(asked, gpus or 1, probed=probed, device_memory=device_memory)
     if as_json:
         emit(planned)
