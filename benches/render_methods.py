@@ -125,15 +125,19 @@ def pretrained(runs: list[Record], figure: str) -> Iterator[str]:
 
 def low_resolution(record: Record) -> Iterator[str]:
     """MUSE at low resolutions beside NAYER at the nominal one."""
+    rows, photographs = record["rows"], record["photographs"]
     yield (
         f"`python -m benches.imagenet --data DIR --teacher {record['teacher']} --out DIR`: as many generated pixels with both methods, "
-        f"batch {record['batch']}, {record['g_steps']} generator steps a loop, no adversary. *Named as meant*: stored images that the "
-        "teacher gives the label, of 1,000, that they were made for.\n"
+        f"batch {record['batch']}, {record['g_steps']} generator steps a loop, no adversary, label embeddings of the class names; as in "
+        "FastDFKD's ImageNet form the last images of a loop are stored. *Named as meant*: stored images that the teacher gives the label, "
+        "of 1,000, that they were made for. *Photographs*: how many of 1,000 real ones, resized to that size, it names rightly. *bn*: weight "
+        f"of the BN-statistics term, {imagenet.LIKE_IMAGENET:g} over the sum of the norms of the teacher's stored statistics unless given "
+        "by `--bn`. The published 10 is for networks whose sum is some hundreds, not tens of thousands as here.\n"
     )
-    yield table(imagenet.HEAD, [imagenet.cells(r) for r in record["rows"]])
-    if not any(r["named"] for r in record["rows"]):
+    yield table(imagenet.HEAD, [imagenet.cells(r, photographs) for r in rows])
+    if not any(r["named"] for r in rows):
         yield "No image was named as meant: runs this short say what a step costs, and nothing about the images.\n"
-    yield f"{machine(record)} {record['precision']}. Revision {str(record['commit'])[:7]}.\n"
+    yield f"{machine(record)} {record['precision']}. Revision {revisions(rows)}.\n"
 
 
 def parts_off(record: Record) -> Iterator[str]:

@@ -71,11 +71,12 @@ def test_records_become_tables_and_figures(tmp_path):
 
 def test_an_image_net_run_without_a_hit_claims_nothing(tmp_path):
     row = {"method": "muse", "size": 64, "steps": 100, "step_seconds": 0.5, "cpu_seconds": 50.0, "images": 40, "megapixels": 0.16}
-    about = {**COMMON, "teacher": "efficientnet_lite0", "batch": 8, "g_steps": 20, "precision": "bf16", "commit": "abcdef0"}
+    row |= {"bn": 0.01, "commit": "abcdef0"}
+    about = {**COMMON, "teacher": "efficientnet_lite0", "batch": 8, "g_steps": 20, "precision": "bf16", "photographs": {"64": 0.191}}
     for named, claim in ((0.0, True), (0.25, False)):
         put(tmp_path / str(named) / "cpu", **{"imagenet_x": {**about, "rows": [{**row, "named": named}]}})
         page = render_methods.files(tmp_path / str(named))[render_methods.PAGE]
-        assert f"| muse | 64 | 100 | 0.500 | 50 | 40 | 0.16 | {100 * named:.1f} % |" in page
+        assert f"| muse | 64 | 0.01 | 100 | 0.500 | 50 | 40 | 0.16 | {100 * named:.1f} % | 19.1 % |" in page
         assert ("nothing about the images" in page) == claim
 
 
