@@ -132,7 +132,8 @@ def low_resolution(record: Record) -> Iterator[str]:
         "FastDFKD's ImageNet form the last images of a loop are stored. *Named as meant*: stored images that the teacher gives the label, "
         "of 1,000, that they were made for. *Photographs*: how many of 1,000 real ones, resized to that size, it names rightly. *bn*: "
         f"weight of the BN-statistics term, {imagenet.LIKE_IMAGENET:g} over the sum of the norms of the teacher's stored statistics unless "
-        "given by `--bn`. The published 10 is for networks whose sum is some hundreds, not tens of thousands as here.\n"
+        "given by `--bn`. Published is 10, for CIFAR, where that sum is 405 in a ResNet-20; in MobileNet v1 ×0.75 it is 6,504, in "
+        "EfficientNet-Lite0 21,397, and with 10 the class is less than a thousandth of the loss. Few images: a share of 8 is in eighths.\n"
     )
     yield table(imagenet.HEAD, [imagenet.cells(r, photographs) for r in rows])
     if not any(r["named"] for r in rows):
