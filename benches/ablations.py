@@ -45,7 +45,7 @@ ABLATIONS = (
         "ssd",
         ("sampler=uniform",),
         ("epochs=5", "warmup=1", "loops=4", "capacity=1000", "w_norm=none"),
-        "a buffer of which few images are hard by the end; weights are not divided by the batch's largest, which would shorten the "
+        "a buffer of which few images should be hard by the end; weights are not divided by the batch's largest, which would shorten the "
         "student's steps in the prioritised run alone",
     ),
     Ablation(
