@@ -64,6 +64,7 @@ class Provider:
     Attributes:
       rung: in a ladder, what earns the gain over the rung before it: the rungs are the providers that have one, in their order.
       labels: columns in which this provider differs from its case. tolerance: instead of the case's.
+      batches: how many of the case's batches one call makes; its time is divided by it.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Provider:
     rung: str = ""
     labels: dict[str, str] = field(default_factory=dict)
     tolerance: float | Sequence[float] | Call | None = None
+    batches: int = 1
 
 
 @dataclass

@@ -172,7 +172,7 @@ def _measure(case: Case, plan: Plan, truth: Sequence[Tensor] | None, failed: str
             ops.use(p.backend)
             if plan.cuda and (not own or own[-1] < 2.0):
                 p.call()  # the choice of the backend is looked up here (0.1 ms), not under the clock
-            own.append(clock(p.call, inner))
+            own.append(clock(p.call, inner) / p.batches)
     for own, (p, row, inner) in zip(times, running):
         row["ms"], row["p20"], row["p80"] = (round(v, 6) for v in spread(own))
         row |= {"rounds": len(own), "calls": inner, "cache": "flushed" if plan.cuda else "warm", **_rates(case, plan, row["ms"])}

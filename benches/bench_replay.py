@@ -1,6 +1,6 @@
 """Replay: a batch out of an image store (gather, crop, flip, normalise; the same 256 rows in every call), and prioritised draws.
 
-On a CPU with several threads the cases also run with one; on a GPU there is a batch that fills the chip, and each op of the tree alone.
+On a GPU there is also a batch that fills the chip, and each op of the tree alone.
 """
 
 from __future__ import annotations
@@ -35,17 +35,10 @@ def cases(plan: Plan) -> Iterator[Case]:
     if plan.cuda:
         yield from on_gpu(plan)
         return
-    threads = torch.get_num_threads()
-    try:
-        for count in dict.fromkeys((threads,) if plan.quick else (1, threads)):
-            torch.set_num_threads(count)
-            for last in (True, False) if count == threads else (True,):
-                for store in TINY if plan.quick else STORES:
-                    yield _labelled(case(plan, *store, last, files=last and count == threads), count)
-            for prioritised in _replay_tree.cases(plan):
-                yield _labelled(prioritised, count)
-    finally:
-        torch.set_num_threads(threads)
+    for last in (True, False):
+        for store in TINY if plan.quick else STORES:
+            yield case(plan, *store, last, files=last)
+    yield from _replay_tree.cases(plan)
 
 
 def on_gpu(plan: Plan) -> Iterator[Case]:
@@ -57,11 +50,6 @@ def on_gpu(plan: Plan) -> Iterator[Case]:
         yield case(plan, *store, True, files=False, dtype=bf16)
     if not plan.quick:
         yield case(plan, *FULL, False, files=False, full=True)
-
-
-def _labelled(made: Case, threads: int) -> Case:
-    made.labels["threads"] = str(threads)
-    return made
 
 
 def case(
@@ -105,8 +93,8 @@ def case(
         return lambda: _png.pool(images, batch, PAD, mean, std, rebuilt=rebuilt)
 
     published = [
-        provider("PNG files + DataLoader", "peer", pool(False), checked=False),
-        provider("PNG files + DataLoader, rebuilt", "peer", pool(True), checked=False),
+        provider("PNG files + DataLoader", "peer", pool(False), checked=False, batches=_png.BATCHES),
+        provider("PNG files + DataLoader, rebuilt", "peer", pool(True), checked=False, batches=_png.BATCHES),
     ]
     layout = "channels_last" if last else "NCHW"
     return Case(

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from fastkd import methods, models
 from fastkd.data import ImageSet
+from fastkd.data.image_set import IGNORE
 from fastkd.engine import launch, loop
 from fastkd.engine.events import Events
 from fastkd.log import Log
@@ -61,7 +63,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("dafl", {"optimiser": "adam", "entropy_log": "ln", "bn_eps": 1e-5, "a": 0.0}),
     ("dfq", {"variant": "original", "alpha_schedule": "linear", "cosine_in_warmup": True}),
     ("dfad", {"variant": "zju", "student_mode_in_g": "train"}),
-    ("dfad", {"adv_form": "log_l1", "sched_step": "before", "generator_name": "g_dfad_b"}),
+    ("dfad", {"dense": True, "adv_form": "log_l1", "sched_step": "before", "generator_name": "g_dfad_b"}),
     ("zskt", {"variant": "zju"}),
     ("zskt", {"s_batch": "fresh", "kl_reduction": "batchmean", "at_form": "norms", "schedule": "steps", "g_steps": 2}),
     # With the published generator, or Adam for the student, these two magnify rounding on one rank as well: 2e-16 becomes 2e-8 and 2e-9.
@@ -81,7 +83,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ),
     ("vanilla_kd", {"alpha": 0.5, "beta": 0.1, "attention": 10.0, "budget": "released"}),
     ("vanilla_kd", {"cache_logits": True, "kd_aug": "none"}),
-    ("noise", {"kind": "uniform"}),
+    ("noise", {"dense": True, "kind": "uniform", "loss": "l1"}),
     ("pre", {"leak_latent_grad": False, "feat_recon": True, "replay_dtype": "bf16", "jsd": "textbook"}),
     ("pre", {"latent_sharing": True, "student_mode_in_g": "eval", "generator_name": "g_dafl"}),
     ("mb", {"match": "prior+bn", "bn_form": "gauss_kl", "read": "images", "epochs": 2}),
@@ -93,8 +95,11 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("cde", {"host": "pre", "cond": "none"}),
     ("cde", {"host": "pre", "disc_aug": "strong", "vae_steps": 0, "replay_batch": 0}),
     ("cde", {"lambda_fa": 0.0}),
+    ("fast", {"dense": True, "segmentation": "generator_name", "adv_start": 1}),
+    ("ssd", {"dense": True, "segmentation": "generator_name", "delta_refresh": "epoch"}),
+    ("vanilla_kd", {"dense": True, "beta": 0.1, "loss": "l1"}),
 ]
-"""Every method, and the switches that change its steps."""
+"""Every method, and the switches that change its steps. dense: with networks that answer for each pixel, see `given`."""
 
 
 def ident(variant: tuple[str, dict[str, Any]]) -> str:
@@ -106,20 +111,35 @@ def small(name: str, over: dict[str, Any] | None = None) -> Method:
     """A method with small settings."""
     cls = methods.method_class(name, over)
     known = {f.name for f in dataclasses.fields(cls)}
-    return cls(**{k: v for k, v in {**FIELDS, **(over or {})}.items() if k in known or k in (over or {})})
+    asked = {k: v for k, v in (over or {}).items() if k != "dense"}
+    return cls(**{k: v for k, v in {**FIELDS, **asked}.items() if k in known or k in asked})
 
 
-def given(seed: int = 0, *, classes: int = 4, size: int = 16, channels: int = 1, device: str = "cpu") -> Given:
-    """A random teacher whose running statistics are those of some random images, and a smaller student of another family."""
+def network(dense: bool, spec: str, classes: int, channels: int, size: int) -> nn.Module:
+    """A network of `models`, or, of that width, three convolutions that answer for each pixel."""
+    if not dense:
+        return models.build(spec, classes=classes, channels=channels, input_size=size)
+    width = {"resnet8": 8, "wrn10_1": 6}[spec]
+    layers: list[nn.Module] = []
+    for inputs in (channels, width):
+        layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(width, classes, 1))
+
+
+def given(seed: int = 0, *, classes: int = 4, size: int = 16, channels: int = 1, device: str = "cpu", dense: bool = False) -> Given:
+    """A random teacher whose running statistics are those of some random images, and a smaller student of another family.
+
+    dense: both answer for each pixel, and the real images have labels of pixels.
+    """
     torch.manual_seed(7)
-    net = models.build("resnet8", classes=classes, channels=channels, input_size=size)
+    net = network(dense, "resnet8", classes, channels, size)
     net.train()
     with torch.no_grad():
         for _ in range(5):
             net(torch.randn(16, channels, size, size))
     shape = (channels, size, size)
     embeddings = torch.randn(classes, 6) * 4
-    student = Student(models.build("wrn10_1", classes=classes, channels=channels, input_size=size), shape=shape)
+    student = Student(network(dense, "wrn10_1", classes, channels, size), shape=shape)
     return Given(
         teacher=instrument(net.to(device), shape=shape),
         student=student.to(device),
@@ -133,20 +153,25 @@ def given(seed: int = 0, *, classes: int = 4, size: int = 16, channels: int = 1,
         device=torch.device(device),
         embeddings=embeddings.to(device),
         augmentation=Augment(True, 2),
-        real=real(classes, size, channels),
+        real=real(classes, size, channels, dense=dense),
     )
 
 
-def real(classes: int = 4, size: int = 16, channels: int = 1, n: int = 28) -> ImageSet:
-    """Random images with labels 0 … classes - 1 over and over."""
-    images = torch.randint(256, (n, size, size, channels), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
-    return ImageSet("random", "train", images, torch.arange(n) % classes)
+def real(classes: int = 4, size: int = 16, channels: int = 1, n: int = 28, *, dense: bool = False) -> ImageSet:
+    """Random images with labels 0 … classes - 1 over and over; dense: larger ones with labels of pixels, one in nine of them ignored."""
+    draws = torch.Generator().manual_seed(3)
+    h, w = (size + 4, size + 8) if dense else (size, size)
+    images = torch.randint(256, (n, h, w, channels), generator=draws, dtype=torch.uint8)
+    if not dense:
+        return ImageSet("random", "train", images, torch.arange(n) % classes)
+    labels = torch.randint(classes, (n, h, w), generator=draws)
+    return ImageSet("random", "train", images, torch.where(torch.rand(n, h, w, generator=draws) < 1 / 9, IGNORE, labels))
 
 
-def prepared(name: str, over: dict[str, Any] | None = None, seed: int = 0, **kw: Any) -> Method:
+def prepared(name: str, over: dict[str, Any] | None = None, seed: int = 0, *, global_bn: bool = True, **kw: Any) -> Method:
     """A method that is built and sealed."""
     method = small(name, over)
-    loop.prepare(method, given_to(method, seed, **kw))
+    loop.prepare(method, given_to(method, seed, dense=bool((over or {}).get("dense")), **kw), global_bn=global_bn)
     return method
 
 

@@ -10,6 +10,7 @@ import torch
 
 import fastkd
 from fastkd import assemble, config, models
+from fastkd.assemble.device import crowded
 from fastkd.assemble.job import make_method
 from fastkd.assemble.networks import load_network, read_names, weights_path
 from fastkd.config import TeacherConfig
@@ -256,6 +257,24 @@ def test_a_teacher_without_batch_norm_is_refused_by_methods_that_need_it(tmp_pat
 def test_devices(name, error):
     with pytest.raises(error, match=name):
         assemble.resolve_device(name)
+
+
+@pytest.mark.parametrize("threads, load, said", [(2, 3.0, True), (2, 0.5, False), (1, 30.0, False)])
+def test_more_threads_than_idle_cores_are_said(monkeypatch, threads, load, said):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    found = crowded(torch.device("cpu"))
+    assert (found is not None) == said and (not said or "OMP_NUM_THREADS=1" in found)
+    assert crowded(torch.device("cuda", 0)) is None
+
+
+def test_a_run_that_goes_on_with_other_threads_says_so(tmp_path, monkeypatch):
+    assert assemble.distil(tiny(), tmp_path / "a").code == 0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert assemble.distil(tiny(), tmp_path / "a", resume="must").code == 0
+    said = [e["text"] for e in events.read(tmp_path / "a" / "events.jsonl") if e["kind"] == "warning"]
+    assert any("continued with 7: equal to rounding" in text for text in said), said
 
 
 def test_a_student_of_a_run_is_a_student(tmp_path):

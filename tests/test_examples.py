@@ -12,9 +12,12 @@ import torch
 from fastkd import ops
 
 ROOT = Path(__file__).resolve().parents[1]
-STAND_ALONE = ("drop-ins.md",)
+STAND_ALONE = ("drop-ins.md", "ops.md")
 """Pages whose examples can each be copied without those before it; elsewhere an example may use what its page has made."""
-READERS_OWN = {"data.md": "names folders and class names that only the reader has"}
+READERS_OWN = {
+    "data.md": "names folders and class names that only the reader has",
+    "ranks.md": "wants Ray and eight GPUs; tests/faults/test_ray.py runs the same on a CPU",
+}
 
 
 @dataclass(frozen=True)

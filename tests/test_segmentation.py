@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 from fastkd import assemble, models
 from fastkd.cli.app import app
@@ -17,6 +18,7 @@ from tests import segments
 
 TEACHER, STUDENT = (f"py:{segments.__file__}:{name}" for name in ("teacher", "student"))
 CLASSIFIER = "resnet8"
+VANILLA = {"name": "vanilla_kd", "epochs": 1, "kd_batch": 4, "kd_steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +62,10 @@ def test_a_teacher_is_trained_on_crops_and_measured_by_miou_on_whole_images(spec
         {"name": "ssd", "epochs": 2, "warmup": 1, "batch": 4, "kd_batch": 4, "kd_steps": 2, "nz": 8, "g_steps": 2, "capacity": 8},
         {"name": "noise", "epochs": 2, "kd_batch": 4, "kd_steps": 2, "n_images": 8},
         {"name": "noise", "kind": "uniform", "epochs": 2, "kd_batch": 4, "kd_steps": 2, "n_images": 8},
+        {**VANILLA, "epochs": 2, "beta": 0.1},
+        {**VANILLA, "epochs": 2, "loss": "l1", "subset": 6, "cache_logits": True, "kd_aug": "none"},
     ],
-    ids=lambda m: "-".join(str(m.get(k)) for k in ("name", "variant", "kind") if m.get(k)) or "dfad",
+    ids=lambda m: "-".join(str(m.get(k)) for k in ("name", "variant", "kind", "loss") if m.get(k)) or "dfad",
 )
 def test_a_run_is_judged_by_miou(spec, taught, tmp_path, method):
     out = tmp_path / "run"
@@ -97,7 +101,8 @@ def test_the_command_line_speaks_of_miou(spec, taught, tmp_path):
 def test_two_of_a_kind_are_asked_for_before_the_first_step(spec, taught, tmp_path):
     with pytest.raises(ConfigError, match=r"the teacher answers for each pixel, the student once an image; .*deeplabv3_mobilenet_v2"):
         assemble.make_job(job(spec, taught, student={"spec": CLASSIFIER}))
-    with pytest.raises(ConfigError, match=r"'nayer' needs one that .*; expected fast, ssd, dfad, cde with method.lambda_fa=0, noise\."):
+    able = r"fast, ssd, dfad, cde with method\.lambda_fa=0, vanilla_kd, noise\."
+    with pytest.raises(ConfigError, match=rf"'nayer' needs one that .*; expected {able}"):
         assemble.make_job(job(spec, taught, method={"name": "nayer"}))
     with pytest.raises(ConfigError, match="has labels of pixels, which 'resnet8' does not answer for"):
         teach(TeachConfig(model=CLASSIFIER, data=spec, input_size=32, batch=8, device="cpu"), None)
@@ -107,15 +112,38 @@ def test_two_of_a_kind_are_asked_for_before_the_first_step(spec, taught, tmp_pat
         teach(TeachConfig(model=TEACHER, data=spec, input_size=32, batch=8, device="cpu", aug="resized_crop"), None)
 
 
-def test_pictures_with_labels_of_pixels_are_no_images_to_learn_from(spec):
+def test_a_classifier_learns_from_no_pictures_with_labels_of_pixels(spec):
     digits = {"spec": "resnet20", "weights": "embedded:digits-resnet20"}
     values = {"method": {"name": "vanilla_kd"}, "teacher": digits, "student": {"spec": CLASSIFIER}, "data": "digits", "real": spec}
-    with pytest.raises(ConfigError, match="has labels of pixels, method 'vanilla_kd' learns from whole images"):
+    with pytest.raises(ConfigError, match="has labels of pixels, and the teacher answers once an image"):
         assemble.make_job(build({**values, "device": "cpu"}))
 
 
+def test_a_folder_of_pictures_teaches_per_pixel(spec, taught, tmp_path):
+    folder = str(segments.write(tmp_path / "other", train=5, test=1) / "train")
+    made = assemble.make_job(job(spec, taught, method=VANILLA, real=folder))
+    assert made.given.real.images.shape == (5, 32, 32, 3) and not made.given.real.dense and made.test.dense
+    assert 0 <= assemble.distil(job(spec, taught, method=VANILLA, real=folder), None).summary["student"]["miou"] <= 1
+    with pytest.raises(ConfigError, match=r"method\.beta needs labels, and 'train' has none"):
+        assemble.make_job(job(spec, taught, method={**VANILLA, "beta": 0.1}, real=folder))
+
+
+def test_what_vanilla_kd_cannot_do_with_labels_of_pixels_is_said_before_the_first_step(spec, taught, tmp_path):
+    with pytest.raises(ConfigError, match=r"method\.subset is 25, 'camvid' has 24 images; expected at most that many"):
+        assemble.make_job(job(spec, taught, method={**VANILLA, "subset": 25}))
+    with pytest.raises(ConfigError, match=r"kd_aug is resized_crop, .*labels of pixels.*crop_flip"):
+        assemble.distil(job(spec, taught, method={**VANILLA, "kd_aug": "resized_crop"}), tmp_path / "a")
+    for k in range(11):
+        (tmp_path / "sorted" / f"{k:02}").mkdir(parents=True)
+        Image.new("RGB", (32, 32), (20 * k, 0, 0)).save(tmp_path / "sorted" / f"{k:02}" / "a.png")
+    with pytest.raises(ConfigError, match=r"method\.beta needs labels of pixels, and those of 'sorted' are of whole images"):
+        assemble.distil(job(spec, taught, method={**VANILLA, "beta": 0.1}, real=str(tmp_path / "sorted")), tmp_path / "b")
+    with pytest.raises(ConfigError, match="has labels for pixels, so no image belongs to one class"):
+        assemble.make_job(job(spec, taught, method={"name": "cde"}, real=spec))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["dfad-nyuv2", "fast-nyuv2"])
+@pytest.mark.parametrize("recipe", ["dfad-nyuv2", "fast-nyuv2", "dfad-camvid"])
 def test_the_recipes_build_at_their_size_and_fit_together(recipe, tmp_path):
     from fastkd.config import resolve
 
@@ -126,7 +154,7 @@ def test_the_recipes_build_at_their_size_and_fit_together(recipe, tmp_path):
     models.save_weights(tmp_path / "teacher.safetensors", net.state_dict(), said)
     walked = assemble.dry_run(resolve(recipe, {"teacher": {"weights": str(tmp_path / "teacher.safetensors")}, "data": "none"}))
     times = {row["step"]: row["times"] for row in walked["steps"]}
-    if recipe == "dfad-nyuv2":
+    if recipe.startswith("dfad"):
         assert (times["learn"], times["generate"], walked["epochs"]) == (300 * 250, 300 * 50, 300)
     else:
         assert (times["remember"], times["learn"], walked["epochs"]) == (220, 200 * 50, 220)

@@ -20,13 +20,14 @@ import torch
 
 import fastkd
 from fastkd import models, ops, ranks
+from fastkd.assemble.device import crowded
 from fastkd.assemble.job import Job
 from fastkd.config import SAFE_ON_RESUME
 from fastkd.engine import checkpoint, evaluation, loop, saver, signals
 from fastkd.engine.determinism import deterministic
 from fastkd.engine.events import Events, Heartbeat, Listener, curve, final
 from fastkd.engine.folder import locked, prepare, refuse
-from fastkd.errors import CheckpointError, ConfigError, PlaceError, exit_code
+from fastkd.errors import CheckpointError, ConfigError, FastkdError, PlaceError, exit_code
 from fastkd.files import write_atomic
 
 
@@ -149,6 +150,8 @@ def _execute(job: Job, out: Path | None, *, resume: bool, anew: bool, listeners:
     events.listeners.append(Heartbeat(events))
     method, given = job.method, job.given
     notes = [*job.notes, *(given.places.said if given.places is not None else ()), *method.notes()]
+    if crowd := crowded(given.device):
+        notes.append(crowd)
     settings = loop.Settings(
         seed=job.seed,
         precision=job.precision,
@@ -186,8 +189,9 @@ def _execute(job: Job, out: Path | None, *, resume: bool, anew: bool, listeners:
             last = {**job.metadata, **({"accuracy" if score == "top1" else score: f"{reached:.6f}"} if reached is not None else {})}
             models.save_weights(out / job.out_name, saver.student_tensors(method.student), last)
     except BaseException as e:
-        if out is not None and final(out) is None:  # another rank may have said why already; what follows here is a consequence
-            events.status("fatal", code=exit_code(e), reason=str(e))
+        # Any rank may know why; what the others then meet is a consequence, of which rank 0 speaks where nobody has.
+        if out is not None and final(out) is None and (first or exit_code(e) != FastkdError.exit_code):
+            Events(out).status("fatal", code=exit_code(e), reason=str(e))
         raise
     events.status("done" if code == loop.DONE else "preempted", code=code)
     events.write("done" if code == loop.DONE else "stopped", code=code, summary=summary)
@@ -225,7 +229,7 @@ def _summary(job: Job, facts: dict[str, Any], notes: list[str], events: Events, 
         **facts,
         "student": student,
         "epochs": len(epochs),
-        "steps": epochs[-1]["step"] if epochs else 0,
+        "steps": max(events.step, epochs[-1]["step"] if epochs else 0),
         "seconds": {k: round(v, 2) for k, v in seconds.items()},
         "wall": round(wall, 2),
         "device": str(job.given.device),

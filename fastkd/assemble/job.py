@@ -104,21 +104,25 @@ def check_needs(method: Method, name: str, teacher: Teacher, has_real: bool) -> 
             raise ConfigError(f"method '{name}' needs {words[need]}; methods that work without: {', '.join(without) or 'none'}{off}.")
 
 
-def check_answers(method: Method, name: str, teacher: Teacher, student: Student, spec: str | None, test: Any) -> None:
-    """Refuse, before the first step, a teacher that answers for each pixel where student, method or data (`test`) do not, or the reverse.
+def check_answers(method: Method, name: str, classes: int, teacher: Teacher, student: Student, spec: str | None, test: Any) -> None:
+    """Refuse, before the first step, networks that give another number of answers than there are `classes`, and a teacher that answers
+    for each pixel where student, method or data (`test`) do not, or the reverse.
 
     Raises:
       ConfigError: one sentence.
     """
     kind = {True: "for each pixel", False: "once an image"}
+    for what, found in (("teacher", teacher.classes), ("student", student.classes)):
+        if found != classes:
+            raise ConfigError(f"the {what} gives {found} answers an image, there are {classes} classes; expected one for each class.")
     if teacher.dense != student.dense:
         near = "deeplabv3_mobilenet_v2" if teacher.dense else "resnet18"
         raise ConfigError(
             f"the teacher answers {kind[teacher.dense]}, the student {kind[student.dense]}; expected the same, such as --student {near}."
         )
     if teacher.dense and not method.per_pixel:
-        classes = {n: methods.method_class(n) for n in methods.names()}
-        able = [f"{n} with {c.per_pixel_with}" if c.per_pixel_with else n for n, c in classes.items() if c.per_pixel]
+        every = {n: methods.method_class(n) for n in methods.names()}
+        able = [f"{n} with {c.per_pixel_with}" if c.per_pixel_with else n for n, c in every.items() if c.per_pixel]
         raise ConfigError(
             f"the teacher answers for each pixel, method '{name}' needs one that answers once an image; expected {', '.join(able)}."
         )
@@ -178,8 +182,8 @@ def make_job(config: RunConfig, target: Target | None = None, *, fake: bool = Fa
     notes += [f"student: {n}" for n in said]
     frozen = instrument(placed(copy.deepcopy(teacher.net), device, channels_last=config.channels_last), shape=teacher.shape)
     student = Student(placed(net, device, channels_last=config.channels_last), shape=teacher.shape)
-    check_answers(method, name, frozen, student, config.data, test)
-    real = real_images(config, method, name, teacher, test)
+    check_answers(method, name, teacher.classes, frozen, student, config.data, test)
+    real = real_images(config, method, name, teacher, test, dense=frozen.dense)
     check_needs(method, name, frozen, real is not None)
     notes += [] if real is None else [f"real images: {n}" for n in real.notes]
     wishes = (config.memory.images, config.memory.tier)

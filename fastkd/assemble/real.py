@@ -14,11 +14,12 @@ from fastkd.errors import ConfigError, InputError
 from fastkd.method import Method
 
 
-def real_images(config: RunConfig, method: Method, name: str, teacher: Network, test: Any) -> Any:
+def real_images(config: RunConfig, method: Method, name: str, teacher: Network, test: Any, *, dense: bool = False) -> Any:
     """What becomes `Given.real`: a set of the teacher's size and channels, or None where the method uses none or none is named.
 
     Args:
       test: the evaluation set, or None.
+      dense: whether the teacher answers for each pixel, so that a set with labels of pixels can be learned from.
     Raises:
       ConfigError: images for a method that uses none, or that it cannot use. InputError: files that are missing or damaged; data whose
         training and test images are the same.
@@ -35,9 +36,9 @@ def real_images(config: RunConfig, method: Method, name: str, teacher: Network, 
     found = data.open_images(spec, size=teacher.shape[1], channels=teacher.shape[0])
     if found is None:
         return None
-    if found.dense:
+    if found.dense and not dense:
         raise ConfigError(
-            f"'{spec}' has labels of pixels, method '{name}' learns from whole images; expected another set, or a folder of pictures."
+            f"'{spec}' has labels of pixels, and the teacher answers once an image; expected another set, or a folder of pictures."
         )
     if test is not None and torch.equal(found.images, test.images):
         raise InputError(

@@ -60,7 +60,10 @@ def of_machine() -> dict[str, Any]:
         "gpus": [gpu(i) for i in range(torch.cuda.device_count())],
         "launcher": launcher(), "compiled": compiled(), "packages": {name: version(name) for name in NEEDED},
         "optional": {name: importable(name, module) for name, module in OPTIONAL.items()},
-        "ops": [{"op": op, "device": device, "backend": chosen, "why": reasons} for op, device, chosen, reasons in ops.table()],
+        "ops": [
+            {"op": op, "device": device, "backend": chosen, "deterministic": ops.deterministic(chosen, device), "why": reasons}
+            for op, device, chosen, reasons in ops.table()
+        ],
         "disk_free": disk.free, "shared_memory": shared_memory(), "hints": hints(disk.free),
     }  # fmt: skip
 
@@ -151,8 +154,8 @@ def show_machine(found: dict[str, Any]) -> None:
         rows += [("shared memory", size(found["shared_memory"]))]
     summary.print_facts(rows)
     summary.print_table(
-        ("op", "device", "runs as", "others"),
-        [(r["op"], r["device"], r["backend"], _others(r)) for r in found["ops"]],
+        ("op", "device", "runs as", "deterministic", "others"),
+        [(r["op"], r["device"], r["backend"], "yes" if r["deterministic"] else "with --deterministic", _others(r)) for r in found["ops"]],
     )
     for hint in found["hints"]:
         summary.console().print(f"hint: {hint}")
@@ -219,13 +222,15 @@ def show_run(found: dict[str, Any]) -> None:
     if found["heartbeats"]:
         summary.print_table(
             ("rank", "phase", "step", ">in it", ">seen", "state"),
-            [_beat_row(b, found["suspects"]) for b in found["heartbeats"]],
+            [_beat_row(b, found["suspects"], ended=status.get("state") != "running") for b in found["heartbeats"]],
         )
 
 
-def _beat_row(b: dict[str, Any], suspects: list[int]) -> tuple[str, str, str, str, str, str]:
-    state = "the others wait for it" if b["rank"] in suspects else "waits for others" if b["waiting"] else "at work"
+def _beat_row(b: dict[str, Any], suspects: list[int], ended: bool) -> tuple[str, str, str, str, str, str]:
     step = f"{b['name']}, epoch {b['epoch']}, step {b['step']}"
+    if ended:
+        return str(b["rank"]), b["phase"], step, "", f"{duration(b['age'])} ago", "has ended"
+    state = "the others wait for it" if b["rank"] in suspects else "waits for others" if b["waiting"] else "at work"
     return str(b["rank"]), b["phase"], step, duration(b["since"]), f"{duration(b['age'])} ago", f"{state}, {b['at']}"
 
 

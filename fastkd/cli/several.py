@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastkd.cli import exits
 from fastkd.cli.common import emit, say
 from fastkd.cli.follow import Follower
 from fastkd.engine import launch
-from fastkd.errors import STOPPED, CheckpointError, ConfigError, exit_code
+from fastkd.errors import STOPPED, CheckpointError, ConfigError, FastkdError, exit_code
 
 if TYPE_CHECKING:
     from fastkd.config import RunConfig
 
 GRACE = 120
 """Seconds that ranks have for their checkpoint after a stop signal."""
+
+
+class EndedByAnotherError(FastkdError):
+    """What broke here is a consequence: another rank has ended the run, with the code and the reason of `status` (status.json)."""
+
+    def __init__(self, status: dict[str, Any]):
+        super().__init__(f"another rank has ended the run: {status.get('reason')}")
+        self.exit_code = int(status["code"])
 
 
 def on_gpu(config: RunConfig) -> bool:
@@ -79,7 +88,7 @@ def one_of_them(config: RunConfig, out: Path, work: Callable[[], int]) -> int:
     """Be a rank. Under our own launcher a rank that must end the run writes why and leaves with 0: restarts are for crashes."""
     from fastkd.engine import events
 
-    ours = bool(os.environ.get(launch.OURS))
+    ours, began = bool(os.environ.get(launch.OURS)), time.time()
     if ours and events.final(out):
         return 0  # a rank of the attempt before said so
 
@@ -87,8 +96,12 @@ def one_of_them(config: RunConfig, out: Path, work: Callable[[], int]) -> int:
         try:
             return work()
         except Exception as e:
+            known, status = exit_code(e) != exits.UNEXPECTED, events.final(out)
+            # As a rule a connection that was closed. What an earlier start has left explains nothing.
+            if status and status["state"] == "fatal" and status.get("time", 0.0) >= began and not known:
+                raise EndedByAnotherError(status) from e
             # While the group still stands: when it falls, the others see in status.json that theirs is no crash.
-            if ours and exit_code(e) != exits.UNEXPECTED and events.final(out) is None:
+            if ours and known and status is None:
                 events.Events(out).status("fatal", code=exit_code(e), reason=str(e))
             raise
 

@@ -17,6 +17,8 @@ from fastkd.rng import Rng
 Augmentation = Literal["none", "crop", "crop_flip", "resized_crop", "roll_flip"]
 """How a batch is changed before a network sees it; see `Method.view`."""
 AUGMENTATIONS = typing.get_args(Augmentation)
+CROPS = ("none", "crop", "crop_flip")
+"""Those that label maps can go through with their images; see `Views.crops`."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Views:
     """Where its images live: [0, 1] and seen through `view`, or the teacher's normalised space."""
 
     aug: str
+    shape: tuple[int, int, int]
     mean: Tensor
     std: Tensor
     rng: Rng
@@ -69,6 +72,27 @@ class Views:
         x = images.read() if isinstance(images, Rows) else images
         x = self._resized(x, scale, name) if kind == "resized_crop" else self._rolled(x, name)
         return augment.normalise(x, self.mean, self.std)
+
+    def crops(self, images: Tensor, labels: Tensor, index: Tensor, kind: str, name: str = "aug") -> tuple[Tensor, Tensor]:
+        """Square crops of stored images and of their label maps, cut out at one place and flipped together.
+
+        Args:
+          images: uint8 [N, H, W, C], none smaller than the networks' input. labels: int64 [N, H, W]. index: int64 [b], which rows.
+          kind: crop | crop_flip: the place is drawn; none: it is the middle.
+          name: stream of the draws.
+        Returns:
+          [b, C, s, s] in the teacher's normalised space, and int64 [b, s, s].
+        """
+        if kind not in CROPS:
+            raise ValueError(f"label maps have no augmentation '{kind}'; expected one of {', '.join(CROPS)}")
+        size, middle = self.shape[1], kind == "none"
+        dy, dx = (
+            torch.full_like(index, (side - size) // 2) if middle else self.rng.integers(side - size + 1, index, name=f"{name}.{axis}")
+            for side, axis in zip(images.shape[1:3], "yx", strict=True)
+        )
+        flip = self._flip(index, kind == "crop_flip", f"{name}.flip")
+        cut, found = (augment.window(x, index, dy, dx, flip, size) for x in (images, labels))
+        return augment.normalise(cut.permute(0, 3, 1, 2).to(self.mean.dtype) / 255, self.mean, self.std), found
 
     def _shift(self, b: Tensor, pad: int, name: str) -> Tensor:
         return self.rng.integers(2 * pad + 1, b, name=name)

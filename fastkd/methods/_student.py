@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -15,6 +15,14 @@ from fastkd import losses
 from fastkd.errors import ConfigError
 from fastkd.memory import Rows, Store
 from fastkd.method import Augmentation, Count, Method, Phase, Rate, Share, Step, Weight, step
+
+Distance = Literal["kl", "l1"]
+"""Distance of the student's answers from the teacher's: temperature-scaled KL, or L1 of the logits."""
+
+
+def distance(kind: Distance, teacher: Tensor, student: Tensor, tau: float) -> dict[str, Tensor]:
+    """That distance of logits [b, C] or [b, C, H, W], as a term by the name that it has in logs; `tau` is the KL's temperature."""
+    return {"kl": losses.kl_tau(teacher, student, tau)} if kind == "kl" else {"gap": losses.l1_logit(teacher, student)}
 
 
 @dataclass

@@ -23,8 +23,8 @@ from fastkd.models.discriminator import Condition, FeatureDiscriminator
 from fastkd.nn import Trace, diff_augment
 
 CARD = Card(
-    paper="Condensed Data Expansion Using Model Inversion for Knowledge Distillation",
-    venue="arXiv 2408.13850",
+    paper="Condensed Data Expansion Using Model Inversion for Knowledge Distillation (arXiv 2408.13850)",
+    venue="arXiv",
     year=2024,
     basis="reconstructed",
     source="abstract, figure captions and notes; no code is known, so sizes and rates of the discriminator are ours",

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastkd.memory import Rows, Store
 from fastkd.method import Count, Step
 from fastkd.methods._card import Card
-from fastkd.methods._student import StudentPhase
+from fastkd.methods._student import Distance, StudentPhase, distance
 
 CARD = Card(
     paper="",
@@ -21,7 +21,7 @@ CARD = Card(
     basis="own",
     source="DAFL and DFAD print such rows without saying which noise it was",
     needs=(),
-    terms=("kl",),
+    terms=("kl", "gap"),
 )
 
 
@@ -37,6 +37,8 @@ class Noise(StudentPhase):
     """gaussian: N(0, 1) in the teacher's normalised space; uniform: U[0, 1], augmented like the compared run's images"""
     n_images: Count = 50_000
     """the compared run's pool at its end"""
+    loss: Distance = "kl"
+    """the compared run's student loss: temperature-scaled KL, or L1 of the logits"""
 
     @property
     def space(self) -> Literal["unit", "normalised"]:  # type: ignore[override]
@@ -60,7 +62,7 @@ class Noise(StudentPhase):
         p = t.detach().softmax(1).movedim(1, -1).flatten(0, -2)  # of images, or of the pixels of dense predictions
         named = (p.argmax(1, keepdim=True) == torch.arange(self.classes, device=p.device)).to(p.dtype).mean(0)
         self.tell(confidence=p.amax(1).mean(), top_class=named.amax())
-        return super().student_terms(x, t, rows)
+        return distance(self.loss, t, self.student(x), self.tau)
 
     def epoch(self, e: int) -> Iterator[Step]:
         yield from self.student_epoch(e)

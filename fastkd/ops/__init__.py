@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ._registry import backend, build_info, captured, table, use
+from ._registry import backend, build_info, captured, deterministic, table, use
 
 if TYPE_CHECKING:
     from .bn_act import batch_norm_act
@@ -51,6 +51,7 @@ __all__ = [
     "build_info",
     "captured",
     "class_activation_map",
+    "deterministic",
     "fold_stem",
     "frozen_bn_act_stats",
     "moments",

@@ -195,6 +195,15 @@ def _choose(wanted: str, captured: bool, op: str, device: str, dtype: str) -> st
     return "reference"
 
 
+def deterministic(backend: str, device: str) -> bool:
+    """Whether the same call gives the same bits each time, as it stands.
+
+    Kernels of ours add in a fixed order on every device. `reference` and `fold` are stock torch, which does so on a CPU; on a GPU it has
+    kernels that do not, and torch.use_deterministic_algorithms (`fastkd run --deterministic`) replaces or refuses those.
+    """
+    return device == "cpu" or backend not in ("reference", "fold")
+
+
 def table() -> list[tuple[str, str, str, dict[str, str]]]:
     """Rows (op, device type, chosen backend, {backend: "ok" or the reason why not}) for this machine, in fp32.
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,7 +18,6 @@ from fastkd.engine.events import Listener
 from fastkd.errors import ConfigError
 from fastkd.memory import Store
 from fastkd.method import Method, Step, step
-from fastkd.nn import augment
 from fastkd.tasks.opened import make_job, open_data
 
 
@@ -69,7 +67,7 @@ class Teach(Method):
     def learn(self) -> None:
         rows = self.images.next(self.batch)
         if self.real.dense:  # a mean over the pixels that have a label: not that of its parts
-            x, y = self.crops(rows.index)
+            x, y = self.crops(self.real.images, self.real.labels, rows.index, self.aug, "real")
             self.minimise({"ce": losses.pixel_cross_entropy(self.student(x), y, IGNORE, self.label_smoothing)}, self.opt)
             return
         x, y = self.view(rows, name="real"), rows.column("label")
@@ -78,21 +76,6 @@ class Teach(Method):
             return {"ce": F.cross_entropy(self.student(x[part]), y[part], label_smoothing=self.label_smoothing)}
 
         self.minimise_parts(terms, len(x), self.opt)
-
-    def crops(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [b, C, s, s] as the network sees them and their labels [b, s, s], cut out at one place and flipped together.
-
-        The place is drawn with crop and crop_flip, it is the middle with none.
-        """
-        size, (h, w) = self.shape[1], self.real.images.shape[1:3]
-        middle = self.aug == "none"
-        dy, dx = (
-            torch.full_like(index, (side - size) // 2) if middle else self.rng.integers(side - size + 1, index, name=f"real.{axis}")
-            for side, axis in ((h, "y"), (w, "x"))
-        )
-        flip = self._flip(index, self.aug == "crop_flip", "real.flip")
-        images, labels = (augment.window(x, index, dy, dx, flip, size) for x in (self.real.images, self.real.labels))
-        return augment.normalise(images.permute(0, 3, 1, 2).to(self.mean.dtype) / 255, self.mean, self.std), labels
 
 
 def teach(config: TeachConfig, out: Path | None, *, resume: str = "no", listeners: Sequence[Listener] = ()) -> assemble.Outcome:

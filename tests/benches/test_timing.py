@@ -56,6 +56,13 @@ def test_each_thread_count_is_measured_and_seen_by_the_provider():
     assert "threads" not in _timing.measure(case, CPU)[0]
 
 
+def test_a_call_of_several_batches_has_the_time_of_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_timing._Clock, "__call__", lambda clock, call, inner: 8.0)
+    one, eight = Provider("one", "eager", lambda: (torch.ones(2),)), Provider("eight", "peer", lambda: (torch.ones(2),), batches=8)
+    rows = _timing.measure(Case("bn_sums", {"case": "a"}, [one, eight], lambda: (torch.ones(2).double(),), "one"), CPU)
+    assert [r["ms"] for r in rows] == [8.0, 1.0] and rows[1]["x_eager"] == 8.0
+
+
 def test_kernels_are_compared_without_their_launches_too():
     rows = [row("published", 9.0, "eager", graph_ms=4.0), row("ours: triton", 3.0, graph_ms=2.0), row("ours: cuda", 2.0, graph_ms=1.0)]
     _timing.ratios("published", rows)

@@ -23,11 +23,20 @@ def test_machine(cli) -> None:
     assert found["torch"] == torch.__version__ and found["packages"]["click"] != "missing" and found["disk_free"] > 0
     assert {row["op"] for row in found["ops"]} == {row[0] for row in ops.table()}
     assert all(set(row["why"]) >= {"reference"} for row in found["ops"])
+    assert all(row["deterministic"] is True for row in found["ops"] if row["device"] == "cpu")
 
 
 def test_for_people(cli) -> None:
     said = cli("info").stdout
-    assert all(word in said for word in ("python", "torch", "bn_sums", "free disk", "compiled"))
+    assert all(word in said for word in ("python", "torch", "bn_sums", "free disk", "compiled", "deterministic"))
+
+
+def test_which_ops_are_deterministic_as_they_stand(cli, monkeypatch) -> None:
+    rows = [("bn_sums", "cuda", "cuda"), ("bn_stats", "cuda", "triton"), ("upsample_conv2d", "cuda", "fold"), ("cam", "cpu", "reference")]
+    monkeypatch.setattr(ops, "table", lambda: [(*row, {}) for row in rows])
+    assert [row["deterministic"] for row in json.loads(cli("info", "--json").stdout)["ops"]] == [True, True, False, True]
+    lines = cli("info").stdout.splitlines()
+    assert [line.split()[3:] for line in lines if line.strip().startswith("upsample_conv2d")] == [["with", "--deterministic"]]
 
 
 @pytest.mark.fault("T32")
@@ -99,5 +108,8 @@ def test_heartbeats_of_a_run_that_hangs_name_the_rank(cli, tmp_path: Path) -> No
     assert found["suspects"] == [1] and [b["rank"] for b in found["heartbeats"]] == [0, 1]
     said = cli("info", "--run", tmp_path).stdout
     assert "the others wait for it, a.py:3 in f" in said and "waits for others" in said and "1:15" in said
+    (tmp_path / "status.json").write_text('{"state": "preempted", "code": 75}')
+    said = cli("info", "--run", tmp_path).stdout
+    assert said.count("has ended") == 2 and "wait" not in said
     (tmp_path / "status.json").write_text('{"state": "done"}')
     assert json.loads(cli("info", "--run", tmp_path, "--json").stdout)["suspects"] == []

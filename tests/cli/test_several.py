@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fastkd import models
+from fastkd.cli import several
 from fastkd.cli.follow import Follower
 from fastkd.engine import launch
 from tests.cli.conftest import STUDENT, TINY, one_sentence, sets
@@ -80,3 +84,22 @@ def test_two_ranks_from_the_command_line_equal_one(shell, tmp_path):
     a, b = (models.load_weights(tmp_path / name / "student.safetensors").state for name in ("one", "two"))
     far = max(float((a[k].double() - b[k].double()).abs().max()) for k in a)
     assert far < 1e-4, far  # fp32; in fp64 every method's own test says 1e-9
+
+
+@pytest.mark.parametrize(
+    ("state", "age", "code"),
+    [("fatal", 0, 7), ("fatal", 60, 1), ("preempted", 0, 1), ("running", 0, 1)],
+    ids=["said-now", "of-an-earlier-start", "preempted", "running"],
+)
+def test_a_rank_whose_connection_breaks_names_what_another_has_said_since_it_began(state, age, code, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "joined", lambda on_gpu: contextlib.nullcontext(False))
+    config = SimpleNamespace(device="cpu")
+
+    def work():
+        status = {"state": state, "code": 7, "time": time.time() - age, "reason": "rank 1: out of memory"}
+        (tmp_path / "status.json").write_text(json.dumps(status))
+        raise RuntimeError("Connection closed by peer")
+
+    assert several.one_of_them(config, tmp_path, work) == code
+    said = capsys.readouterr().err
+    assert ("another rank has ended the run: rank 1: out of memory" in said) == (code == 7) == ("unexpected RuntimeError" not in said)

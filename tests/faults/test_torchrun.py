@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from fastkd import models
 from fastkd.engine import events
 from tests.cli.conftest import STUDENT, environment, sets
+from tests.faults.conftest import PLANTED
 
 pytestmark = pytest.mark.faults
 
@@ -61,22 +63,32 @@ def test_two_launchers_equal_one_process_and_a_stop_is_not_started_again(tmp_pat
     assert max(float((a[k].double() - b[k].double()).abs().max()) for k in a) < 1e-4
 
 
+def together(command: list[str], common: dict[str, str], own: list[dict[str, str]]) -> list[tuple[int, str]]:
+    """Ranks that something else starts, each with variables of its own: exit codes and what each wrote to stderr."""
+    ranks = [subprocess.Popen(command, env={**environment(), **common, **mine}, stderr=subprocess.PIPE, text=True) for mine in own]
+    try:
+        ends = [p.communicate(timeout=240)[1] for p in ranks]
+    finally:
+        for p in ranks:
+            p.kill()
+    return [(p.returncode, end) for p, end in zip(ranks, ends, strict=True)]
+
+
 def two_tasks(out: Path, *words: Any, job: int) -> list[tuple[int, str]]:
-    """Two tasks as srun starts them, each with nothing but srun's variables: exit codes and what each wrote to stderr."""
+    """Two tasks as srun starts them, each with nothing but srun's variables."""
     command = [sys.executable, "-m", "fastkd", *map(str, words), "--launcher", "slurm", "--out", str(out)]
     common = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost"}
-    both = [
-        subprocess.Popen(
-            command, env={**environment(), **common, "SLURM_PROCID": str(r), "SLURM_LOCALID": str(r)}, stderr=subprocess.PIPE, text=True
-        )
-        for r in range(2)
-    ]
-    try:
-        ends = [p.communicate(timeout=240)[1] for p in both]
-    finally:
-        for p in both:
-            p.kill()
-    return [(p.returncode, end) for p, end in zip(both, ends, strict=True)]
+    return together(command, common, [{"SLURM_PROCID": str(r), "SLURM_LOCALID": str(r)} for r in range(2)])
+
+
+def two_pods(out: Path, *words: Any, inside: dict[str, Any] | None = None) -> list[tuple[int, str]]:
+    """Two pods of a PyTorchJob; `inside` is a fault (see `planted`)."""
+    command = [sys.executable, "-m", "fastkd", *map(str, words), "--out", str(out)]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    if inside is not None:
+        path = os.pathsep.join([str(PLANTED), environment()["PYTHONPATH"]])
+        common |= {"PYTHONPATH": path, "PLANT_INSIDE": json.dumps(inside)}
+    return together(command, common, [{"RANK": str(r)} for r in range(2)])
 
 
 def test_two_tasks_of_slurm_equal_one_process_and_stop_with_75(tmp_path):
@@ -93,6 +105,19 @@ def test_two_tasks_of_slurm_equal_one_process_and_stop_with_75(tmp_path):
     assert json.loads((two / "environment.json").read_text())["ranks"] == 2
     a, b = state(tmp_path / "one"), state(two)
     assert max(float((a[k].double() - b[k].double()).abs().max()) for k in a) < 1e-4
+
+
+@pytest.mark.fault("T24")
+def test_a_pod_without_memory_ends_the_other_with_its_reason_and_the_next_start_does_the_step_in_parts(tmp_path):
+    words, out = ("run", "--method", "noise", "--device", "cpu", *sets(*STUDENT, "poll=1"), "--resume=auto"), tmp_path / "run"
+    ends = two_pods(out, *words, inside={"do": "no-memory", "rank": 1, "at": [1, "learn", 0]})
+    assert [code for code, _ in ends] == [7, 7], ends
+    assert "another rank has ended the run: rank 1: out of memory in step 'learn'" in ends[0][1] and "a fault of fastkd" not in ends[0][1]
+    status = json.loads((out / "status.json").read_text())
+    assert (status["state"], status["code"]) == ("fatal", 7) and status["reason"].startswith("rank 1: out of memory")
+    ends = two_pods(out, *words)
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert "student steps are taken in 2 parts" in ends[0][1]
 
 
 def test_ranks_that_a_launcher_started_say_that_gpus_starts_none(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from fastkd import methods
 from fastkd.method import Method, steps
@@ -11,17 +12,20 @@ from tests import small
 
 
 @pytest.fixture(scope="module")
-def seen() -> dict[str, set[str]]:
-    """Method → the terms that it minimises in any of its variants."""
-    found: dict[str, set[str]] = {}
+def seen() -> dict[str, dict[str, float]]:
+    """Method → the terms that it minimises in any of its variants → the largest gradient that each has for what its step updates."""
+    found: dict[str, dict[str, float]] = {}
     with pytest.MonkeyPatch.context() as patch:
-        whole = Method._update  # what `minimise` and `minimise_parts` end in
+        whole = Method._valued  # what `minimise` and `minimise_parts` begin with
 
-        def update(self, names, *rest):
-            found.setdefault(name, set()).update(names)
-            return whole(self, names, *rest)
+        def valued(self, terms, params, *rest):
+            for term, value in terms.items():
+                grads = torch.autograd.grad(value, params, allow_unused=True, retain_graph=True) if value.requires_grad else ()
+                largest = max((g.abs().max().item() for g in grads if g is not None), default=0.0)
+                found.setdefault(name, {})[term] = max(largest, found.get(name, {}).get(term, 0.0))
+            return whole(self, terms, params, *rest)
 
-        patch.setattr(Method, "_update", update)
+        patch.setattr(Method, "_valued", valued)
         for name, over in small.VARIANTS:
             method = small.prepared(name, over)
             for e in range(method.epochs):
@@ -34,11 +38,16 @@ def seen() -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("name", methods.names())
-def test_the_declared_terms_are_those_that_are_minimised(name: str, seen: dict[str, set[str]]) -> None:
+def test_the_declared_terms_are_those_that_are_minimised(name: str, seen: dict[str, dict[str, float]]) -> None:
     _, card = methods.card(name)
     assert card is not None, f"{name} declares no CARD"
-    assert set(card.meanings) == seen[name]
+    assert set(card.meanings) == set(seen[name])
     assert len(card.terms) == len(card.meanings) and all(card.meanings.values())
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_term_moves_what_its_step_updates(name: str, seen: dict[str, dict[str, float]]) -> None:
+    assert min(seen[name].values()) > 1e-9, f"a term without a gradient: {seen[name]}"
 
 
 @pytest.mark.parametrize("name", methods.names())

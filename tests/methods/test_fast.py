@@ -11,7 +11,6 @@ from fastkd.errors import ConfigError
 from fastkd.method import steps
 from fastkd.methods import method_class
 from fastkd.methods.fast import Fast
-from fastkd.nn import Student, instrument
 from tests import small
 
 
@@ -132,6 +131,20 @@ def test_zero_weights_leave_the_one_hot_loss():
     torch.testing.assert_close(sum(terms.values()), expected)
 
 
+def test_the_teacher_recovers_more_labels_along_the_inner_loop():
+    m = small.prepared("fast", {"adv": 0.0, "bn": 0.0, "oh": 1.0, "batch": 32, "lr_g": 3e-3, "aug": "none"})
+    m.rng.at(0, 0, "start", 0)
+    m.start()
+    right = []
+    for n in range(20):
+        with torch.no_grad():
+            right.append((m.teacher(m.view(m.clone(m.z))).logits.argmax(1) == m.task.y).float().mean().item())
+        m.rng.at(0, 0, "adapt", n)
+        m.adapt(False)
+        m.step_ends()
+    assert right[-1] > right[0] + 0.3 and right[10] > right[0], right
+
+
 def test_first_call_has_the_plain_bn_loss_and_later_ones_a_scaled_gradient():
     m = small.prepared("fast", {"adv": 0.0, "oh": 0.0, "bn": 1.0})
     m.rng.at(0, 0, "start", 0)
@@ -176,6 +189,12 @@ def test_the_pool_grows_by_a_batch_an_epoch_and_keeps_the_best_iterate(monkeypat
         best = images[4 * call + part.index(min(part))]
         stored = m.pool.images[call * m.batch : (call + 1) * m.batch].permute(0, 3, 1, 2)
         assert torch.equal(stored, (best.clamp(0, 1) * 255).floor().to(torch.uint8))
+
+
+def test_the_published_pool_has_its_sizes():
+    m = Fast()
+    assert (m.calls(m.warmup) * m.batch, m.calls(m.epochs) * m.batch) == (5_120, 56_320)
+    assert [m.calls(e + 1) * m.batch for e in range(3)] == [256, 512, 768]
 
 
 def test_frozen_networks_during_synthesis():
@@ -273,27 +292,9 @@ def test_the_new_switches_change_no_bit_of_the_cifar_form(over):
     assert a[1] == b[1] and a[0].keys() == b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
 
 
-def dense(seed, classes=5, size=32):
-    torch.manual_seed(seed)
-    net = torch.nn.Sequential(
-        *(torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.ReLU()),
-        *(torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, classes, 1)),
-    )
-    with torch.no_grad():
-        for _ in range(5):
-            net(torch.randn(8, 1, size, size))
-    return net
-
-
-def dense_given():
-    given = small.given(size=32)
-    given.teacher, given.student, given.classes = instrument(dense(1), shape=(1, 32, 32)), Student(dense(2), shape=(1, 32, 32)), 5
-    return given
-
-
 def test_a_dense_teacher_is_distilled_per_pixel():
     m = small.small("fast", {"epochs": 2, "warmup": 0, "adv_start": 1, "kd_steps": 4})
-    loop.prepare(m, dense_given())
+    loop.prepare(m, small.given(size=32, classes=5, dense=True))
     assert type(m.theta).__name__ == "Dcgan" and isinstance(m.theta.head[-1], torch.nn.Sigmoid)
     m.rng.at(0, 0, "start", 0)
     m.start()
@@ -307,5 +308,5 @@ def test_a_dense_teacher_is_distilled_per_pixel():
     assert any(not torch.equal(a, b) for a, b in zip(before, m.student.parameters(), strict=True))
     assert all(0 <= v <= 1 for k, v in evaluation.health(m, 512).items() if k != "distance")
     other = small.small("fast", {"segmentation": "generator_name"})
-    loop.prepare(other, dense_given())
+    loop.prepare(other, small.given(size=32, classes=5, dense=True))
     assert type(other.theta).__name__ == "FcUp"

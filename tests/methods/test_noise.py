@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastkd.engine import loop
 from fastkd.method import steps
 from tests import small
 
@@ -33,8 +34,10 @@ def test_uniform_is_normalised_with_the_teachers_constants():
 
 
 def test_seed_and_kind_decide_the_images():
-    a, b, c = (small.prepared("noise", seed=s).pool.images for s in (1, 1, 2))
-    assert torch.equal(a, b) and not torch.equal(a, c)
+    for kind in ("gaussian", "uniform"):
+        a, b, c = (small.prepared("noise", {"kind": kind}, seed=s).pool.images for s in (1, 1, 2))
+        assert torch.equal(a, b) and not torch.equal(a, c)
+    assert a.float().std() > 50  # of 8 bits: nothing of the Gaussian's space
 
 
 def test_student_steps_equal_those_of_the_compared_run():
@@ -51,6 +54,28 @@ def test_student_steps_equal_those_of_the_compared_run():
                     fn(*args)
                     rates[-1].append(m.opt_s.param_groups[0]["lr"].item())
     assert rates[0] == rates[1] and rates[0][0] == pytest.approx(0.05)
+    assert noise.images_of("distillation") == muse.images_of("distillation") == 8
+
+
+def test_no_label_and_no_real_image_enters():
+    m = small.small("noise")
+    assert not m.uses_real() and not m.needs
+    given = small.given()
+    given.real = given.embeddings = None
+    loop.prepare(m, given)
+    assert not m.pool.columns and small.run(m) == 0
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_loss_is_that_of_the_compared_run(dense):
+    kl, l1 = (small.prepared("noise", {"dense": dense, "loss": loss, "tau": 4.0}) for loss in ("kl", "l1"))
+    x = torch.randn(6, *kl.shape)
+    with torch.no_grad():
+        t, s = kl.teacher(x).logits, kl.student.eval()(x)
+        l1.student.eval()
+        found = {**kl.student_terms(x, t, None), **l1.student_terms(x, t, None)}
+    p, q = ((v / 4).softmax(1) for v in (t, s))
+    torch.testing.assert_close(found, {"kl": 16 * (p * (p / q).log()).sum(1).mean(), "gap": (t - s).abs().mean()})
 
 
 def test_the_store_does_not_change_after_build():

@@ -66,8 +66,7 @@ def file(tag: str, world: int, variant: tuple[str, dict[str, Any]], rank: int = 
 
 def walked(variant: tuple[str, dict[str, Any]], *, global_bn: bool = True, moved: bool = False) -> dict[str, Tensor]:
     """The state at the end of a run, and the scores of its student on 28 real images. moved: from numbers that are one rounding off."""
-    method = small.small(*variant)
-    loop.prepare(method, small.given_to(method), global_bn=global_bn)
+    method = small.prepared(*variant, global_bn=global_bn)
     if moved:
         draws = torch.Generator().manual_seed(1)
         for item in state.walk(method):
@@ -76,7 +75,7 @@ def walked(variant: tuple[str, dict[str, Any]], *, global_bn: bool = True, moved
                 item.tensor.detach().mul_(1 + step)
     assert small.run(method) == 0
     tensors, numbers = state.collect(method)
-    scores, _ = loop.evaluate(method, loop.Settings(data=small.real()))
+    scores, _ = loop.evaluate(method, loop.Settings(data=small.real(dense=method.teacher.dense)))
     return {**tensors, **{k: torch.tensor(float(v)) for k, v in {**numbers, **scores}.items()}}
 
 

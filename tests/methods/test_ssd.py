@@ -20,7 +20,6 @@ from fastkd.rng import Rng
 from tests import small
 from tests.methods import novel
 from tests.methods.novel import names, take
-from tests.methods.test_fast import dense_given
 
 PLAIN = {"kd_aug": "none", "aug": "none"}
 
@@ -412,7 +411,7 @@ def test_a_student_that_is_not_finite_ends_with_a_sentence():
 
 
 def test_a_dense_teacher_is_distilled_per_pixel():
-    m = filled({"epochs": 2, "kd_steps": 2, "bn": 0.0}, given=dense_given())
+    m = filled({"epochs": 2, "kd_steps": 2, "bn": 0.0}, given=small.given(size=32, classes=5, dense=True))
     x = torch.randn(12, *m.shape, requires_grad=True)
     t = m.teacher(x).logits
     assert t.shape == (12, 5, 32, 32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,10 +10,12 @@ from PIL import Image
 
 from fastkd import assemble, config, data, losses
 from fastkd.data import ImageSet
+from fastkd.data.image_set import IGNORE
 from fastkd.engine import loop
 from fastkd.errors import ConfigError, InputError
+from fastkd.memory import Rows
 from fastkd.method import steps
-from fastkd.nn import Student
+from fastkd.nn import Student, Trace
 from tests import small
 
 TINY = {"name": "vanilla_kd", "epochs": 2, "kd_steps": 3, "kd_batch": 32}
@@ -94,6 +97,51 @@ def test_images_and_labels_belong_together_and_do_not_change():
     m = small.prepared("vanilla_kd")
     small.run(m)
     assert torch.equal(m.pool.images, small.real().images) and torch.equal(m.pool.columns["label"], small.real().labels)
+
+
+# Labels of pixels -------------------------------------------------------------------------------------------------------
+
+
+def test_terms_of_pixels_by_hand():
+    m = small.prepared("vanilla_kd", {"dense": True, "alpha": 0.5, "beta": 0.1, "tau": 4.0})
+    l1 = small.prepared("vanilla_kd", {"dense": True, "alpha": 0.5, "loss": "l1"})
+    rng = np.random.default_rng(0)
+    t, s = rng.normal(size=(2, 3, 4, 5, 6)) * 3  # [b, C, h, w]
+    y = rng.integers(0, 4, (3, 5, 6))
+    y[rng.random(y.shape) < 0.3] = IGNORE
+    log = lambda z: z - np.log(np.exp(z).sum(1, keepdims=True))  # noqa: E731
+    p = np.exp(log(t / 4))
+    kl = 16 * (p * (log(t / 4) - log(s / 4))).sum(1).mean()
+    there = y != IGNORE
+    ce = -np.take_along_axis(log(s), np.where(there, y, 0)[:, None], 1)[:, 0][there].mean()
+    traces = [Trace(torch.from_numpy(v), None, None) for v in (t, s)]
+    terms = m.terms(*traces, torch.from_numpy(y))
+    assert terms.keys() == {"kl", "ce"}
+    np.testing.assert_allclose([terms["kl"], terms["ce"]], [0.5 * kl, 0.1 * ce], rtol=1e-6)
+    assert m.couples() and not l1.couples()
+    found = l1.terms(*traces, torch.from_numpy(y))
+    assert found.keys() == {"gap"}
+    np.testing.assert_allclose(found["gap"], 0.5 * np.abs(t - s).mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["none", "crop", "crop_flip"])
+def test_a_crop_and_its_labels_are_cut_out_at_one_place(kind):
+    m = small.prepared("vanilla_kd", {"dense": True})
+    m.real.images.copy_(m.real.labels[..., None])  # an image that shows its labels
+    m.rng.at(0, 0, "learn", 0)
+    x, y = m.seen(Rows(m.pool, torch.arange(20)), kind)
+    assert x.shape == (20, 1, 16, 16) and y.shape == (20, 16, 16)
+    torch.testing.assert_close(x[:, 0] * 0.3 + 0.4, y.to(x.dtype) / 255)
+    middle = m.real.labels[:20, 2:18, 4:20]
+    assert torch.equal(y, middle) == (kind == "none")
+    assert torch.equal(m.sample(20), m.seen(Rows(m.pool, torch.arange(8, 28)), "none")[0])
+
+
+def test_labels_of_pixels_teach_and_stay_out_of_checkpoints():
+    m = small.prepared("vanilla_kd", {"dense": True, "alpha": 0.0, "beta": 1.0})
+    before = [p.detach().clone() for p in m.student.parameters()]
+    assert learn(m)["learn.ce"] > 0 and not m.pool.columns
+    assert any(not torch.equal(a, b) for a, b in zip(before, m.student.parameters(), strict=True))
 
 
 # Where the images come from -------------------------------------------------------------------------------------------

@@ -130,6 +130,18 @@ def test_without_the_batchnorm_term_the_others_run_too(name: str, teacher) -> No
     assert assemble.distil(job(name, teacher, bn=0.0, **off), None).code == 0
 
 
+@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("classes, sentence", [(1, "teacher.classes is 1"), (4, "the teacher gives 1 answers an image, there are 4 cl")])
+def test_a_single_class_is_refused_before_anything_is_built(name: str, classes: int, sentence: str, tmp_path) -> None:
+    """Said, or found out: a network with one answer."""
+    (tmp_path / "nets.py").write_text(NETS.replace("nn.Linear(8, classes)", "nn.Linear(8, 1)"))
+    spec = f"py:{tmp_path / 'nets.py'}:convnext"
+    models.save_weights(tmp_path / "one.safetensors", models.build(spec, classes=4, channels=1).state_dict())
+    known = {"input_size": 16, "channels": 1, "mean": [0.4], "std": [0.3], "classes": classes}
+    with pytest.raises(ConfigError, match=sentence):
+        assemble.make_job(job(name, {"spec": spec, "weights": str(tmp_path / "one.safetensors"), **known}))
+
+
 def test_images_that_the_teacher_cannot_take_are_one_sentence(tmp_path) -> None:
     (tmp_path / "nets.py").write_text(NETS)
     net = models.build(f"py:{tmp_path / 'nets.py'}:vit", classes=4, channels=1)

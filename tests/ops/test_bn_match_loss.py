@@ -95,6 +95,21 @@ def test_by_hand(backend, device):
     assert ops.bn_match_loss(one + 1, one, (0, 1)).item() == pytest.approx(2.0)  # one layer of one channel
 
 
+def test_the_gaussian_divergence_is_zero_at_the_target_alone(backend, device):
+    target = torch.tensor([[0.5, -1.0, 2.0], [1.5, 0.2, 3.0]], device=device)
+
+    def value(mean, var):
+        at = (target + torch.tensor([[mean], [0.0]], device=device)) * torch.tensor([[1.0], [var]], device=device)
+        at.requires_grad_()
+        loss = ops.bn_match_loss(at, target, (0, 2, 3), kind="gauss_kl")
+        return loss.item(), torch.autograd.grad(loss, at)[0].abs().max().item()
+
+    assert value(0.0, 1.0) == pytest.approx((0.0, 0.0), abs=1e-6)
+    for mean, var in ((0.1, 1.0), (-0.1, 1.0), (0.0, 1.2), (0.0, 0.8), (0.3, 0.5)):
+        found, slope = value(mean, var)
+        assert found > 1e-3 and slope > 1e-3
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_layers(backend, device, kind):
     for offsets in ((0,), (0, 0, 0)):

@@ -254,6 +254,20 @@ def test_the_folder_and_its_set(tmp_path):
     assert again.code == 0 and (tmp_path / "c" / condensed.FILE).is_file()
 
 
+@pytest.mark.slow
+def test_a_short_run_beats_the_real_images_that_it_began_with(tmp_path):
+    """What a ConvNet-3 that is trained on one image a class reads of the test digits, seeds 0, 1, 2: 82.2, 70.6, 82.4 %; on the real
+    images that the run began with 66.0, 53.4, 67.8 %."""
+    short = {**QUICK, "epochs": 1, "batch": 64, "eval_steps": 100}
+    found = []
+    for name, over in (("real", {"iterations": 1, "lr": 1e-9}), ("dm", {"iterations": 200})):
+        found.append(condense(CondenseConfig(**{**short, **over}), tmp_path / name).summary["student"]["top1"])
+    real, learnt = (condensed.read(tmp_path / name, classes=10, shape=(1, 8, 8)).images for name in ("real", "dm"))
+    digits = open_set("digits", "train").images[..., 0].flatten(1) / 255
+    assert (torch.cdist(real.flatten(1), digits).amin(1) < 0.01).all() and (learnt - real).abs().mean() > 0.02
+    assert found[1] > found[0] + 0.05, found
+
+
 @pytest.mark.parametrize(
     ("over", "settings"),
     [

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
-from fastkd import assemble, config, ranks
+from fastkd import assemble, config, methods, ranks
 from fastkd.engine import dry, probe
 from fastkd.engine.events import Events
 from fastkd.engine.loop import Settings
@@ -28,11 +32,24 @@ MUSE = {**SHORT, "g_loops": 1, "gwp_loops": 2}
 GAME = {"epochs": 1, "iterations": 2, "s_steps": 2, "batch": 256}
 
 
+OTHERS = ("nayer", "cmi", "dafl", "deepinversion", "dfq", "lra", "mad", "mb", "ssd", "zskt", "noise", "vanilla_kd", "cde")
+
+
+def short(name):
+    """Those of some short settings that a method has."""
+    known = {f.name for f in dataclasses.fields(methods.method_class(name))}
+    return {k: v for k, v in {**MUSE, **({} if "kd_batch" in known else GAME), "n_images": 512}.items() if k in known}
+
+
 @pytest.mark.parametrize(
     ("recipe", "method"),
-    [("muse-digits", MUSE), ("fast-digits", SHORT), ("dfad-digits", GAME), ("pre-digits", {**GAME, "vae_steps": 1})],
+    [
+        *[("muse-digits", MUSE), ("fast-digits", SHORT), ("dfad-digits", GAME), ("pre-digits", {**GAME, "vae_steps": 1})],
+        *[pytest.param(f"{name}-digits", None, marks=pytest.mark.slow, id=name) for name in OTHERS],
+    ],
 )
 def test_memory_is_within_a_tenth_of_what_a_real_run_measures(recipe, method, tmp_path):
+    method = method or short(recipe.removesuffix("-digits"))
     planned = plan(resolved(recipe, **method))
     gc.collect()  # what is freed in the block lowers what it measures
     with probe.Peak(torch.device("cpu")) as measured:  # all that is allocated, from the first network on
@@ -41,6 +58,26 @@ def test_memory_is_within_a_tenth_of_what_a_real_run_measures(recipe, method, tm
     assert outcome.code == 0
     assert planned["memory"]["rank"] == pytest.approx(measured.bytes, rel=0.1)
     assert planned["total"] == outcome.summary["steps"]
+
+
+SHARED = {"memory": {"images": "sharded"}, "device": "cpu"}
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    with probe.Peak(torch.device("cpu")) as measured:
+        job = assemble.make_job(config.resolve("fast-digits", {**SHARED, "method": SHORT}))
+        assert assemble.execute(job, Path(folder) / "run", resume="no", listeners=[]).code == 0
+    Path(folder, f"rank-{rank}").write_text(str(measured.bytes))
+    small.end_of_rank()
+
+
+def test_memory_of_a_rank_of_two_is_within_a_tenth_of_what_real_ranks_measure(tmp_path):
+    planned = plan(config.resolve("fast-digits", {**SHARED, "method": SHORT}), 2)
+    mp.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    measured = [int((tmp_path / f"rank-{rank}").read_text()) for rank in range(2)]
+    assert planned["memory"]["rank"] == pytest.approx(max(measured), rel=0.1)
 
 
 def test_hours_are_those_of_its_steps_and_nothing_is_written(tmp_path, monkeypatch):

@@ -76,7 +76,7 @@ def test_crops_keep_each_label_with_its_pixel(aug):
     places, mirrored = set(), 0
     for n in range(60):
         m.rng.at(0, 0, "learn", n)
-        x, y = m.crops(torch.tensor([2, 0]))
+        x, y = m.crops(m.real.images, m.real.labels, torch.tensor([2, 0]), m.aug, "real")
         assert x.shape == (2, 3, 4, 4) and y.shape == (2, 4, 4)
         assert torch.equal((x[:, 0] * 255).round().long(), y)
         flipped = (y[:, 0, 0] > y[:, 0, 1]).tolist()
