@@ -148,7 +148,8 @@ def parts_off(record: Record) -> Iterator[str]:
         "`python -m benches.ablations --out DIR`: a host as it is and with one switch, same steps and seeds, on its digits recipe cut "
         "short as its setting says. The settings were fixed before the runs (two seeds of the CAM term were there already). Each paper "
         "reports a lower accuracy without its part; the last column says whether these runs show it. They take seconds where the papers' "
-        "take hours, and a difference that is smaller than the spread over the seeds says nothing. *±*: standard deviation over the seeds.\n"
+        "take hours, and a difference that is smaller than the spread over the seeds says nothing. *±*: standard "
+        "deviation over the seeds.\n"
     )
     yield table(ablations.HEAD, [ablations.cells(r) for r in found])
     yield "The settings, on top of the recipe `METHOD-digits`, and why they are these:\n"
