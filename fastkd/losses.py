@@ -227,7 +227,8 @@ class _SquaredLength(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return torch.linalg.vector_norm(x, dim=1).square_()
+        # A norm over channels that are not next to each other is not vectorised on a CPU.
+        return torch.linalg.vector_norm(x.contiguous(memory_format=torch.channels_last), dim=1).square_()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
