@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from fastkd.config import resolve
 from fastkd.data import embeddings
 from fastkd.engine import loop
 from fastkd.method import steps
+from fastkd.methods._pool import statistics_norm
 
 from . import _budget
 from .facts import cpuinfo, revision
@@ -111,11 +111,6 @@ def measure(method: str, options: argparse.Namespace, photographs: dict[str, flo
             spent.setdefault(args[0], []).append(time.process_time() - begin)
     rows = [row(method, job.method, size, seconds) for size, seconds in sorted(spent.items())]
     return rows, {str(size): named_rightly(job.method, size, options.data) for size in sorted(spent) if str(size) not in photographs}
-
-
-def statistics_norm(teacher: Any) -> float:
-    """Σ_l ‖running mean‖ + ‖running variance‖ over the BN layers: how large the BN-statistics term of images can be that match nothing."""
-    return sum(float(part.norm()) for row in teacher.target for part in row.split([b - a for a, b in pairwise(teacher.split)]))
 
 
 def named_rightly(made: Any, size: int, folder: Path) -> float:

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from benches import imagenet
+from fastkd.methods._pool import statistics_norm
 
 
 def test_the_size_of_the_statistics_is_summed_layer_by_layer():
     target = torch.tensor([[3.0, 4.0, 5.0], [0.0, 1.0, 12.0]])
-    assert imagenet.statistics_norm(SimpleNamespace(target=target, split=(0, 2, 3))) == pytest.approx(5 + 5 + 1 + 12)
+    assert statistics_norm(SimpleNamespace(target=target, split=(0, 2, 3))) == pytest.approx(5 + 5 + 1 + 12)
 
 
 def test_a_row_stands_beside_the_photographs_of_its_size():
