@@ -98,10 +98,10 @@ def measure(method: str, options: argparse.Namespace, photographs: dict[str, flo
     teacher = job_of(method, 1.0, options).given.teacher if options.bn is None else None
     job = job_of(method, options.bn if teacher is None else round(LIKE_IMAGENET / statistics_norm(teacher), 4), options)
     loop.prepare(job.method, job.given)
-    cast = loop.autocast(job.method.device, job.precision)
+    cast = loop.autocast(job.method.device, job.settings.precision)
     spent: dict[int, list[float]] = {}
     for _, fn, args, occurrence in steps(job.method, 0):
-        job.method.rng.at(job.seed, 0, fn.__name__, occurrence)
+        job.method.rng.at(job.settings.seed, 0, fn.__name__, occurrence)
         job.method.log.prefix = fn.__name__
         begin = time.process_time()
         with cast():

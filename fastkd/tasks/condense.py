@@ -207,9 +207,9 @@ def condense(config: CondenseConfig, out: Path, *, resume: str = "no", listeners
       ConfigError, InputError, PlaceError: one sentence each, before the first step.
     """
     found = open_data(config.data, config.input_size, config.mean, config.std, "be condensed")
-    settings = resolved(config, found)
-    method = Condense(**settings)
-    job = make_job("condense", method, method.net, found, config, out_name="convnet.safetensors", settings=settings)
+    values = resolved(config, found)
+    method = Condense(**values)
+    job = make_job("condense", method, method.net, found, config, out_name="convnet.safetensors", resolved=values)
     outcome = assemble.execute(job, out, resume=resume, listeners=listeners)
     if outcome.code == 0 and ranks.rank() == 0:
         about = {"method": method.method, "ipc": method.ipc, "seed": config.seed, "data": found.train.name}
