@@ -22,7 +22,7 @@ from fastkd.errors import ConfigError
 from fastkd.method import Method, Phase, Step, step
 from fastkd.models.generators import reinitialise
 from fastkd.nn import diff_augment
-from fastkd.tasks.opened import Opened, make_job, open_data
+from fastkd.tasks.real_data import Opened, make_job, open_data
 
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
 """Images a class → image steps of a network of DC, and epochs of the network between two of them."""
