@@ -1,4 +1,4 @@
-"""The field's losses as plain functions. Numbers in brackets are sections of the papers' common notation, see each docstring.
+"""The field's losses as plain functions.
 
 A term is a scalar whose mean over ranks is the term of the global batch: a mean over samples is right as written; whatever
 couples samples or stands before a clamp, hinge, log or norm goes through `ranks`. Everything is computed in at least fp32.
