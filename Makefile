@@ -40,13 +40,14 @@ $(PACKAGES): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"fastkd needs Python 3.11 or newer, $(PYTHON) is {v[0]}.{v[1]}; say: make PYTHON=python3.11")'
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
 	  { echo "$(PYTHON) cannot make a virtual environment (on Debian: apt install python3-venv)"; exit 1; }
-	@echo "installing into $(VENV): the first time this downloads torch"
+	@echo "installing into $(VENV): this downloads torch and the other packages"
 	$(PIP) scikit-build-core pybind11 cmake ninja
 	$(PIP) -C build-dir=build/cmake -e ".[test,dev]"
 	@touch $@
 
 $(INSTALLED): $(PACKAGES) CMakeLists.txt $(wildcard csrc/*)
 	@rm -f $(VENV)/.installed-*
+	@echo "compiling the kernels, for the CPU$$( { [ "$${FASTKD_CUDA:-}" != OFF ] && command -v nvcc >/dev/null; } && echo ' and for GPUs (nvcc is here; FASTKD_CUDA=OFF leaves those out)'): a minute or two"
 	$(PIP) --no-deps -C build-dir=build/cmake -e .
 	@touch $@
 

@@ -1,7 +1,7 @@
-"""Whether switching a part of a method off changes the student as its paper reports: `python -m benches.ablations --out DIR [--seeds 2]`.
+"""Whether switching a part of a method off changes the student as its paper reports: `python -m benches.ablations --out DIR [--seeds 4]`.
 
 Each host runs a short form of its digits recipe as it is and with one switch, with the same steps and seeds; the difference in top-1 of
-the last epoch is what the part is worth here.
+the last epoch is what the part is worth here. Every ablation has one setting, chosen for what the part does, not for what came out.
 """
 
 from __future__ import annotations
@@ -25,28 +25,48 @@ from .tables import aligned
 
 @dataclasses.dataclass(frozen=True)
 class Ablation:
-    """A part of `method` that `switch` takes away; `claim`: what the paper says that it does to the student."""
+    """A part of `method` that `switch` takes away; `claim`: what the paper says that it does to the student.
+
+    `setting` is what both runs set on top of the method's digits recipe, `why` the reason for it.
+    """
 
     part: str
     method: str
     switch: tuple[str, ...]
+    setting: tuple[str, ...]
+    why: str
     claim: str = "lower accuracy"
 
 
+INVERSION = (("epochs=3",), "free pixels: a generator's images are smooth by construction, and the published comparison is of pixels")
 ABLATIONS = (
-    Ablation("BN-statistics term", "fast", ("bn=0",)),
-    Ablation("adversarial term", "fast", ("adv=0",)),
-    Ablation("noisy layer drawn anew every loop", "nayer", ("redraw_noise=false",)),
-    Ablation("CAM term", "muse", ("a_cam=0",)),
-    Ablation("prioritised replay", "ssd", ("sampler=uniform",)),
+    Ablation(
+        "prioritised replay",
+        "ssd",
+        ("sampler=uniform",),
+        ("epochs=5", "warmup=1", "loops=4", "capacity=1000", "w_norm=none"),
+        "a buffer of which few images should be hard by the end; weights are not divided by the batch's largest, which would shorten the "
+        "student's steps in the prioritised run alone",
+    ),
+    Ablation(
+        "noisy layer drawn anew every loop",
+        "nayer",
+        ("redraw_noise=false",),
+        ("epochs=3", "warmup=1", "batch=10", "gwp_loops=12", "g_loops=8", "g_life=1000"),
+        "one image a class and loop and one life of the generator, so that only the new layer makes loops differ",
+    ),
+    Ablation("BN-statistics term", "deepinversion", ("bn=0",), *INVERSION),
+    Ablation("adversarial term", "deepinversion", ("adv=0",), *INVERSION),
+    Ablation("CAM term", "muse", ("a_cam=0",), ("epochs=5", "warmup=1"), "the recipe, before the student is so good that nothing matters"),
 )
-SHORT: dict[str, tuple[str, ...]] = {
-    "fast": ("epochs=7", "warmup=1"),
-    "nayer": ("epochs=5", "warmup=1"),
-    "muse": ("epochs=5", "warmup=1"),
-    "ssd": ("epochs=7", "warmup=1"),
-}
-"""The recipes cut to a minute or less of one core, before the student is so good that nothing matters."""
+SHORT = "the recipe cut short: too few differences for two seeds"
+EARLIER = (
+    Ablation("BN-statistics term", "fast", ("bn=0",), ("epochs=7", "warmup=1"), SHORT),
+    Ablation("adversarial term", "fast", ("adv=0",), ("epochs=7", "warmup=1"), SHORT),
+    Ablation("noisy layer drawn anew every loop", "nayer", ("redraw_noise=false",), ("epochs=5", "warmup=1"), SHORT),
+    Ablation("prioritised replay", "ssd", ("sampler=uniform",), ("epochs=7", "warmup=1"), SHORT),
+)
+"""Settings that were run first. They are run no more; what the record has of them stays in it and on the page."""
 LIMIT = 600.0
 """CPU seconds after which a run is given up."""
 
@@ -57,9 +77,9 @@ def main(argv: list[str] | None = None) -> int:
     for seed in range(options.seeds):
         for own in wanted(options):
             for switch in ((), own.switch):
-                key = (own.method, switch, seed)
+                key = (own.method, own.setting, switch, seed)
                 if key not in runs:
-                    runs[key] = run(own.method, switch, seed, options)
+                    runs[key] = run(own, switch, seed, options)
                     print(f"{own.method} {' '.join(switch) or 'as it is'}, seed {seed}: {runs[key]['top1']} %", flush=True)
                     _budget.write(options.out / "ablations.json", record(list(runs.values()), options))
     print("\n".join(["", *table(rows(list(runs.values())))]))
@@ -69,8 +89,9 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benches.ablations", description="What parts of the methods are worth, on digits.")
     made.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for ablations.json; runs that it has are kept")
-    made.add_argument("--seeds", type=int, default=2, metavar="N", help="seeds 0 … N - 1 of each run")
-    made.add_argument("--only", choices=sorted(SHORT), action="append", default=[], help="this host only; may be given again")
+    made.add_argument("--seeds", type=int, default=4, metavar="N", help="seeds 0 … N - 1 of each run")
+    hosts = sorted({a.method for a in ABLATIONS})
+    made.add_argument("--only", choices=hosts, action="append", default=[], help="this host only; may be given again")
     made.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads")
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of fastkd run, in every run")
     made.add_argument("--load", default="", metavar="TEXT", help="what else the machine did meanwhile, for the record")
@@ -82,28 +103,36 @@ def wanted(options: argparse.Namespace) -> list[Ablation]:
     return [a for a in ABLATIONS if a.method in methods.METHODS and (not options.only or a.method in options.only)]
 
 
-def older(options: argparse.Namespace) -> dict[tuple[str, tuple[str, ...], int], dict[str, Any]]:
+Key = tuple[str, tuple[str, ...], tuple[str, ...], int]
+"""Method, setting, switch, seed."""
+
+
+def by_key(runs: list[dict[str, Any]]) -> dict[Key, dict[str, Any]]:
+    return {(r["method"], tuple(r["setting"]), tuple(r["switch"]), r["seed"]): r for r in runs}
+
+
+def older(options: argparse.Namespace) -> dict[Key, dict[str, Any]]:
     """Runs of the record in --out: a run of the bench adds to it."""
-    found = _budget.older(options.out / "ablations.json").get("runs", [])
-    return {(r["method"], tuple(r["switch"]), r["seed"]): r for r in found}
+    return by_key(_budget.older(options.out / "ablations.json").get("runs", []))
 
 
-def run(method: str, switch: tuple[str, ...], seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One run: [method, switch, seed] with its accuracy by epoch.
+def run(own: Ablation, switch: tuple[str, ...], seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One run: [method, setting, switch, seed] with its accuracy by epoch.
 
     Raises:
       BenchError: it ended with another code than 0.
     """
-    words = ["--recipe", f"{method}-digits", "--seed", str(seed), "--device", "cpu"]
-    for text in (*(f"method.{s}" for s in (*SHORT[method], *switch)), *options.set):
+    words = ["--recipe", f"{own.method}-digits", "--seed", str(seed), "--device", "cpu"]
+    for text in (*(f"method.{s}" for s in (*own.setting, *switch)), *options.set):
         words += ["--set", text]
-    out = options.out / "runs" / f"{method}-{seed}-{time.strftime('%H%M%S')}"
+    out = options.out / "runs" / f"{own.method}-{seed}-{time.strftime('%H%M%S')}"
     spent = _budget.spend(words, out, LIMIT, options.threads)
     if spent.code:
-        raise _budget.BenchError(f"{method} {' '.join(switch)} ended with code {spent.code}: {spent.said.strip()[-400:]}")
+        raise _budget.BenchError(f"{own.method} {' '.join(switch)} ended with code {spent.code}: {spent.said.strip()[-400:]}")
     top1 = [p[1] for p in spent.top1()]
-    about = {"method": method, "switch": list(switch), "seed": seed, "command": "fastkd run " + " ".join(words)}
-    return {**about, "commit": revision(), "cpu_seconds": round(spent.seconds, 1), "top1": top1[-1], "top1_by_epoch": top1}
+    about = {"method": own.method, "setting": list(own.setting), "switch": list(switch), "seed": seed}
+    about |= {"command": "fastkd run " + " ".join(words), "commit": revision(), "cpu_seconds": round(spent.seconds, 1)}
+    return {**about, "top1": top1[-1], "top1_by_epoch": top1}
 
 
 def record(runs: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
@@ -117,14 +146,14 @@ def record(runs: list[dict[str, Any]], options: argparse.Namespace) -> dict[str,
     }
 
 
-def rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row an ablation that has runs: accuracies by seed as it is and without, and in how many seeds it is lower without."""
-    by = {(r["method"], tuple(r["switch"]), r["seed"]): r["top1"] for r in runs}
-    out = []
-    for own in ABLATIONS:
-        seeds = [s for m, w, s in by if (m, w) == (own.method, own.switch) and (m, (), s) in by]
-        if seeds:
-            whole, without = ([by[own.method, w, s] for s in seeds] for w in ((), own.switch))
+def rows(runs: list[dict[str, Any]], asked: tuple[Ablation, ...] = ABLATIONS) -> list[dict[str, Any]]:
+    """One row an ablation of `asked` that has runs: accuracies by seed as it is and without, and in how many seeds it is lower without."""
+    by, out = by_key(runs), []
+    for own in asked:
+        pairs = [((own.method, own.setting, (), s), (own.method, own.setting, own.switch, s)) for s in sorted({r["seed"] for r in runs})]
+        pairs = [(a, b) for a, b in pairs if a in by and b in by]
+        if pairs:
+            whole, without = ([by[pair[i]]["top1"] for pair in pairs] for i in (0, 1))
             fell = sum(a > b for a, b in zip(whole, without))
             change = round(statistics.fmean(without) - statistics.fmean(whole), 2)
             out.append({**dataclasses.asdict(own), "whole": whole, "without": without, "change": change, "fell": fell})
@@ -140,7 +169,8 @@ def verdict(row: dict[str, Any]) -> str:
 
 def cells(row: dict[str, Any]) -> list[str]:
     def mean(values: list[float]) -> str:
-        return f"{statistics.fmean(values):.1f} ({', '.join(f'{v:.1f}' for v in values)})"
+        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.1f}{spread} ({', '.join(f'{v:.1f}' for v in values)})"
 
     return [
         row["part"],
@@ -153,7 +183,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-HEAD = ["part", "method", "switch", "as it is, mean (seeds)", "without", "change", "as reported"]
+HEAD = ["part", "method", "switch", "as it is, mean ± (seeds)", "without", "change", "as reported"]
 
 
 def table(found: list[dict[str, Any]]) -> list[str]:

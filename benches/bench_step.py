@@ -113,7 +113,7 @@ class Walker:
         self.job = assemble.make_job(resolve(None, {"method": table, "device": str(plan.device), "ops": {"backend": backend}}))
         self.method: Method = self.job.method
         loop.prepare(self.method, self.job.given)
-        self.cast = loop.autocast(self.method.device, self.job.precision)
+        self.cast = loop.autocast(self.method.device, self.job.settings.precision)
         self.cuda = plan.cuda
         self.clear()
 
@@ -130,7 +130,7 @@ class Walker:
         for _, fn, args, occurrence in steps(self.method, e):
             step = fn.__name__
             self.phase[step] = fn.phase  # type: ignore[attr-defined]
-            self.method.rng.at(self.job.seed, e, step, occurrence)
+            self.method.rng.at(self.job.settings.seed, e, step, occurrence)
             self.method.log.prefix = step
             marks.append((step, self.timed(lambda fn=fn, args=args: fn(*args))))  # type: ignore[misc]
         self.wait()
@@ -163,7 +163,7 @@ class Walker:
         total = sum(sum(t) for t in self.times.values())
         common: dict[str, Any] = {"method": self.name, "provider": label(self.backend)}
         common |= {} if self.cuda else {"threads": torch.get_num_threads()}
-        common |= {"precision": self.job.precision, "epochs": len(self.walls)}
+        common |= {"precision": self.job.settings.precision, "epochs": len(self.walls)}
         wall = statistics.median(self.walls) if self.walls else 0.0
         out = []
         for step, times in self.times.items():

@@ -248,7 +248,9 @@ def prepared(name: str, batch: int, fields: dict[str, Any] | None = None) -> Met
     own = {f.name: f.default for f in dataclasses.fields(cls)}
     over = {**FIELDS, **{k: batch for k in own if k == "batch" or k.endswith("_batch")}, "n_images": 8 * batch, **(fields or {})}
     method: Method = cls(**{k: v for k, v in over.items() if k in own})
-    loop.prepare(method, given(method, batch))
+    found = given(method, batch)
+    found.real = method.choose_real(found.real, CLASSES)
+    loop.prepare(method, found)
     return method
 
 
@@ -259,7 +261,7 @@ def given(method: Method, batch: int) -> Given:
         for _ in range(5):
             teacher(torch.randn(32, *SHAPE))
     student = models.build("wrn10_1", classes=CLASSES, channels=SHAPE[0], input_size=SHAPE[1])
-    pixels = torch.randint(256, (2 * batch, *SHAPE[1:], SHAPE[0]), dtype=torch.uint8)
+    pixels = torch.randint(256, (max(2 * batch, 10 * CLASSES), *SHAPE[1:], SHAPE[0]), dtype=torch.uint8)  # `cde` takes 10 a class
     fused = instrument(teacher, shape=SHAPE)
     return Given(
         teacher=fused.to(memory_format=torch.channels_last),  # type: ignore[call-overload]

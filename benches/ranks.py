@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
 def measured(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Rows of the kinds of steps that update something, in the epochs up to the first that trains the student."""
     job = assemble.make_job(resolve(args.recipe, {"device": str(device)}, args.sets))
-    method, cast = job.method, loop.autocast(job.given.device, job.precision)
-    loop.prepare(method, job.given, global_bn=job.global_bn)
+    method, cast = job.method, loop.autocast(job.given.device, job.settings.precision)
+    loop.prepare(method, job.given, global_bn=job.settings.global_bn)
     running, parts, sizes, taken = [""], {}, {}, {}
     reduce, all_reduce = Method._reduce, dist.all_reduce
 
@@ -63,7 +63,7 @@ def measured(args: argparse.Namespace, device: torch.device) -> list[dict[str, A
                 own, taken[name] = parts.setdefault(name, Parts(device)), taken.get(name, 0) + 1
                 if taken[name] > WARM:
                     own.step()
-                method.rng.at(job.seed, e, name, n)
+                method.rng.at(job.settings.seed, e, name, n)
                 method.log.prefix = name
                 with cast():
                     own("step", fn)(*given)

@@ -126,7 +126,7 @@ class RunConfig(WalkConfig):
     ranks: RanksConfig = RanksConfig()
     memory: MemoryConfig = MemoryConfig()
     ops: OpsConfig = OpsConfig()
-    channels_last: bool = Field(True, description="memory format of networks and images")
+    channels_last: bool = Field(True, description="teacher and student in the channels_last memory format")
 
 
 class TeachConfig(TaskConfig):

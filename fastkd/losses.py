@@ -1,4 +1,4 @@
-"""The field's losses as plain functions. Numbers in brackets are sections of the papers' common notation, see each docstring.
+"""The field's losses as plain functions.
 
 A term is a scalar whose mean over ranks is the term of the global batch: a mean over samples is right as written; whatever
 couples samples or stands before a clamp, hinge, log or norm goes through `ranks`. Everything is computed in at least fp32.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -217,9 +217,23 @@ def attention(features: Tensor) -> Tensor:
     Returns:
       [B, h·w] ≥ 0, at least fp32; zeros where the map is zero.
     """
-    # A sum, divided afterwards: the gradient of a mean would be written out, in another memory layout than a channels_last map's.
-    squares = _wide(features).square().sum(1) / features.shape[1]
+    squares: Tensor = _SquaredLength.apply(_wide(features)) / features.shape[1]
     return F.normalize(squares.flatten(1), dim=1)
+
+
+class _SquaredLength(torch.autograd.Function):
+    """Σ_k x_k² over axis 1, [B, K, h, w] → [B, h, w]: one pass over the map each way, no squares of it in memory; any order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        # A norm over channels that are not next to each other is not vectorised on a CPU.
+        return torch.linalg.vector_norm(x.contiguous(memory_format=torch.channels_last), dim=1).square_()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return x * (2 * grad)[:, None]
 
 
 def at(teacher: Tensor, student: Tensor) -> Tensor:

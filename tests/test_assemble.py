@@ -10,6 +10,7 @@ import torch
 
 import fastkd
 from fastkd import assemble, config, models
+from fastkd.assemble.device import crowded
 from fastkd.assemble.job import make_method
 from fastkd.assemble.networks import load_network, read_names, weights_path
 from fastkd.config import TeacherConfig
@@ -193,7 +194,8 @@ def test_metadata_is_taken_and_said_and_options_win(weights):
     "options, sentence",
     [
         ({}, "does not name its architecture"),
-        ({"spec": "resnet8"}, "normalisation .* is not known.*--mean and --std"),
+        ({"spec": "resnet8"}, r"^the normalisation and the input size of .* are not known; expected --mean .* --input-size PIXELS"),
+        ({"spec": "resnet8", "input_size": 8}, "the normalisation of .* is not known; expected --mean"),
         ({"spec": "resnet8", "mean": (0.3,), "std": (0.4,)}, "input size .* is not known"),
         ({"spec": "resnet8", "mean": (0.3, 0.3), "std": (0.4,), "channels": 1, "input_size": 8}, "mean has 2 and std 1 numbers"),
     ],
@@ -201,6 +203,13 @@ def test_metadata_is_taken_and_said_and_options_win(weights):
 def test_what_nobody_knows_is_refused_not_guessed(weights, options, sentence):
     with pytest.raises(ConfigError, match=sentence):
         load_network(TeacherConfig(weights=str(weights[0]), **options))
+
+
+def test_one_number_is_the_normalisation_of_all_channels(tmp_path):
+    path = tmp_path / "rgb.safetensors"
+    models.save_weights(path, models.build("resnet8", classes=4, channels=3, input_size=8).state_dict(), {})
+    found = load_network(TeacherConfig(weights=str(path), spec="resnet8", mean=(0.5,), std=(0.25,), input_size=8))
+    assert (found.mean, found.std, found.shape, found.classes) == ((0.5,) * 3, (0.25,) * 3, (3, 8, 8), 4)
 
 
 def test_class_counts_must_agree(weights, tmp_path):
@@ -256,6 +265,24 @@ def test_a_teacher_without_batch_norm_is_refused_by_methods_that_need_it(tmp_pat
 def test_devices(name, error):
     with pytest.raises(error, match=name):
         assemble.resolve_device(name)
+
+
+@pytest.mark.parametrize("threads, load, said", [(2, 3.0, True), (2, 0.5, False), (1, 30.0, False)])
+def test_more_threads_than_idle_cores_are_said(monkeypatch, threads, load, said):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    found = crowded(torch.device("cpu"))
+    assert (found is not None) == said and (not said or "OMP_NUM_THREADS=1" in found)
+    assert crowded(torch.device("cuda", 0)) is None
+
+
+def test_a_run_that_goes_on_with_other_threads_says_so(tmp_path, monkeypatch):
+    assert assemble.distil(tiny(), tmp_path / "a").code == 0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert assemble.distil(tiny(), tmp_path / "a", resume="must").code == 0
+    said = [e["text"] for e in events.read(tmp_path / "a" / "events.jsonl") if e["kind"] == "warning"]
+    assert any("continued with 7: equal to rounding" in text for text in said), said
 
 
 def test_a_student_of_a_run_is_a_student(tmp_path):
@@ -329,6 +356,9 @@ def test_constants_of_255_and_class_names_in_an_object_are_refused(weights, tmp_
 def test_an_unfinished_run_is_no_network(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(InputError, match="is not finished; continue it with: fastkd run --resume"):
+        weights_path(str(tmp_path / "run"))
+    (tmp_path / "run" / "config.json").write_text('{"teacher": {"spec": "py:own.py:make"}, "student": {"spec": "resnet8"}}')
+    with pytest.raises(InputError, match=r"run --resume --out .* --teacher py:own.py:make$"):
         weights_path(str(tmp_path / "run"))
 
 

@@ -12,7 +12,7 @@ import torch
 from fastkd import ops
 
 ROOT = Path(__file__).resolve().parents[1]
-STAND_ALONE = ("drop-ins.md",)
+STAND_ALONE = ("drop-ins.md", "ops.md")
 """Pages whose examples can each be copied without those before it; elsewhere an example may use what its page has made."""
 READERS_OWN = {
     "data.md": "names folders and class names that only the reader has",

@@ -294,6 +294,15 @@ def test_h_inst(logits):
     assert losses.h_inst(torch.zeros(3, 5)).item() == pytest.approx(np.log(5)) and losses.h_inst(torch.eye(5) * 1e4) == 0
 
 
+def test_attention_can_be_differentiated_twice_in_either_memory_layout():
+    x = torch.randn(2, 3, 4, 2, dtype=torch.float64)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        y = x.to(memory_format=layout).requires_grad_()
+        assert torch.autograd.gradcheck(losses.attention, y) and torch.autograd.gradgradcheck(losses.attention, y)
+        (g,) = torch.autograd.grad(losses.attention(y)[:, 0].sum(), y)
+        assert g.is_contiguous(memory_format=layout)
+
+
 def test_attention_transfer():
     rng = np.random.default_rng(3)
     a, b = rng.normal(size=(4, 6, 3, 2)), rng.normal(size=(4, 2, 3, 2))  # the numbers of channels may differ

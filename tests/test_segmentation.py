@@ -14,9 +14,9 @@ from fastkd.cli.app import app
 from fastkd.config import TeachConfig, build
 from fastkd.errors import ConfigError
 from fastkd.tasks.teach import teach
-from tests import segments
+from tests import tiny_camvid
 
-TEACHER, STUDENT = (f"py:{segments.__file__}:{name}" for name in ("teacher", "student"))
+TEACHER, STUDENT = (f"py:{tiny_camvid.__file__}:{name}" for name in ("teacher", "student"))
 CLASSIFIER = "resnet8"
 VANILLA = {"name": "vanilla_kd", "epochs": 1, "kd_batch": 4, "kd_steps": 2}
 
@@ -24,7 +24,7 @@ VANILLA = {"name": "vanilla_kd", "epochs": 1, "kd_batch": 4, "kd_steps": 2}
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory):
     """The set, as `--data` names it."""
-    return f"camvid:{segments.write(tmp_path_factory.mktemp('segments'), train=24, test=8)}"
+    return f"camvid:{tiny_camvid.write(tmp_path_factory.mktemp('segments'), train=24, test=8)}"
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +120,9 @@ def test_a_classifier_learns_from_no_pictures_with_labels_of_pixels(spec):
 
 
 def test_a_folder_of_pictures_teaches_per_pixel(spec, taught, tmp_path):
-    folder = str(segments.write(tmp_path / "other", train=5, test=1) / "train")
+    folder = str(tiny_camvid.write(tmp_path / "other", train=5, test=1) / "train")
     made = assemble.make_job(job(spec, taught, method=VANILLA, real=folder))
-    assert made.given.real.images.shape == (5, 32, 32, 3) and not made.given.real.dense and made.test.dense
+    assert made.given.real.images.shape == (5, 32, 32, 3) and not made.given.real.dense and made.settings.data.dense
     assert 0 <= assemble.distil(job(spec, taught, method=VANILLA, real=folder), None).summary["student"]["miou"] <= 1
     with pytest.raises(ConfigError, match=r"method\.beta needs labels, and 'train' has none"):
         assemble.make_job(job(spec, taught, method={**VANILLA, "beta": 0.1}, real=folder))
@@ -164,7 +164,7 @@ def test_the_recipes_build_at_their_size_and_fit_together(recipe, tmp_path):
 def trained(tmp_path_factory):
     """A teacher that is worth distilling: the set, as `--data` names it, and the folder."""
     place = tmp_path_factory.mktemp("trained")
-    spec = f"camvid:{segments.write(place / 'data')}"
+    spec = f"camvid:{tiny_camvid.write(place / 'data')}"
     outcome = teach(TeachConfig(model=TEACHER, data=spec, input_size=32, epochs=30, batch=16, device="cpu"), place / "teacher")
     assert outcome.summary["student"]["miou"] > 0.85
     return spec, (place / "teacher", outcome)

@@ -71,9 +71,10 @@ def dry_run(
         refuse_folder(job, out, resume)
         folder.refuse_unwritable(out)
         folder.refuse_owned(out)
-    walked = dry.walk(job.method, job.given, precision=job.precision, global_bn=job.global_bn, world=world)
+    precision = job.settings.precision
+    walked = dry.walk(job.method, job.given, precision=precision, global_bn=job.settings.global_bn, world=world)
     places = job.given.places.said if job.given.places is not None else []
-    return {**walked, "device": where.name, "precision": job.precision, "notes": [*job.notes, *places], "config": job.config}
+    return {**walked, "device": where.name, "precision": precision, "notes": [*job.notes, *places], "config": job.config}
 
 
 def evaluate(network: TeacherConfig, spec: str, *, device: str = "auto", limit: int | None = None) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from fastkd.errors import ConfigError, PlaceError
@@ -26,6 +28,22 @@ def resolve_device(name: str) -> torch.device:
             f"device '{name}' is not there: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; use --device cpu."
         )
     return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
+
+
+def crowded(device: torch.device) -> str | None:
+    """What to say where a run on the CPU has more threads than the machine has idle cores; None otherwise.
+
+    OpenMP's threads wait for each other spinning: beside other work on the same cores two of them do less than one alone.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or not hasattr(os, "getloadavg"):
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    load = os.getloadavg()[0]
+    if load + threads <= 1.5 * cores:
+        return None
+    beside = f"{threads} threads beside other work on the same {cores} cores (load {load:.1f})"
+    return f"{beside} may be slower than one: OMP_NUM_THREADS=1, or OMP_WAIT_POLICY=passive"
 
 
 def resolve_precision(name: str | None, *, on_gpu: bool) -> str:

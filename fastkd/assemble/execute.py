@@ -12,7 +12,7 @@ import json
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 
 import fastkd
 from fastkd import models, ops, ranks
+from fastkd.assemble.device import crowded
 from fastkd.assemble.job import Job
 from fastkd.config import SAFE_ON_RESUME
 from fastkd.engine import checkpoint, evaluation, loop, saver, signals
@@ -48,8 +49,8 @@ def execute(job: Job, out: Path | None, *, resume: str, listeners: Sequence[List
     first = ranks.rank() == 0
     if out is not None and first:
         refuse_folder(job, out, resume)
-    with deterministic(job.deterministic):
-        loop.prepare(job.method, job.given, global_bn=job.global_bn)  # a method that refuses leaves no folder behind
+    with deterministic(job.settings.deterministic):
+        loop.prepare(job.method, job.given, global_bn=job.settings.global_bn)  # a method that refuses leaves no folder behind
     refuse_different_ranks(job)
     with contextlib.ExitStack() as stack:
         if out is not None and first:
@@ -149,28 +150,19 @@ def _execute(job: Job, out: Path | None, *, resume: bool, anew: bool, listeners:
     events.listeners.append(Heartbeat(events))
     method, given = job.method, job.given
     notes = [*job.notes, *(given.places.said if given.places is not None else ()), *method.notes()]
-    settings = loop.Settings(
-        seed=job.seed,
-        precision=job.precision,
-        poll=job.poll,
-        graphs=job.graphs,
-        every_minutes=job.checkpoint.every_minutes,
-        every_steps=job.checkpoint.every_steps,
-        keep=job.checkpoint.keep,
-        global_bn=job.global_bn,
-        data=job.test,
-        student_metadata=job.metadata,
-        about={"config": config_hash(job.config), "method": job.name, "teacher": job.teacher_sha256, "versions": versions()},
-    )
+    if crowd := crowded(given.device):
+        notes.append(crowd)
+    about = {"config": config_hash(job.config), "method": job.name, "teacher": job.teacher_sha256, "versions": versions()}
+    settings = replace(job.settings, about=about)
     if out is not None and first and not resume:
         _write_json(out / "config.json", job.config)
     events.status("running")
     try:
-        with deterministic(job.deterministic), signals.watched(time_limit) as stop:
+        with deterministic(settings.deterministic), signals.watched(time_limit) as stop:
             if out is not None and first:
                 _write_json(out / "environment.json", environment())
             facts = _measured(job, stop)
-            where = {"device": str(given.device), "precision": job.precision, "deterministic": job.deterministic}
+            where = {"device": str(given.device), "precision": settings.precision, "deterministic": settings.deterministic}
             events.write("start", method=job.name, **facts, **where, epochs=method.epochs, notes=notes)
             for key, was, now in changes(out, job.config) if resume and out is not None and first else ():
                 events.write("changed", key=key, was=was, now=now)
@@ -181,9 +173,10 @@ def _execute(job: Job, out: Path | None, *, resume: bool, anew: bool, listeners:
             code = loop.run(method, settings, events, out, stop, resume=resume, anew=anew)
         summary = _summary(job, facts, notes, events, out, time.monotonic() - began)
         if code == loop.DONE and out is not None and first:
-            score = evaluation.headline(job.test)
+            score = evaluation.headline(settings.data)
             reached = summary["student"].get(score)
-            last = {**job.metadata, **({"accuracy" if score == "top1" else score: f"{reached:.6f}"} if reached is not None else {})}
+            scored = {"accuracy" if score == "top1" else score: f"{reached:.6f}"} if reached is not None else {}
+            last = {**settings.student_metadata, **scored}
             models.save_weights(out / job.out_name, saver.student_tensors(method.student), last)
     except BaseException as e:
         # Any rank may know why; what the others then meet is a consequence, of which rank 0 speaks where nobody has.
@@ -197,17 +190,18 @@ def _execute(job: Job, out: Path | None, *, resume: bool, anew: bool, listeners:
 
 def _measured(job: Job, stop: signals.Stop) -> dict[str, Any]:
     """The facts of a job with its teacher's score, None where there is none or a rank was asked to stop meanwhile."""
-    score, reached = evaluation.headline(job.test), None
-    if job.test is not None and job.given.teacher is not None:  # all ranks share the work
+    test, given = job.settings.data, job.given
+    score, reached = evaluation.headline(test), None
+    if test is not None and given.teacher is not None:  # all ranks share the work
         with contextlib.suppress(evaluation.Interrupted):
             asked = lambda: loop.any_rank(bool(stop))  # noqa: E731
-            reached = evaluation.measure(job.given.teacher, job.test, job.given.mean, job.given.std, asked)[score]
+            reached = evaluation.measure(given.teacher, test, given.mean, given.std, asked)[score]
     return {**job.facts, "teacher": {**job.facts.get("teacher", {}), score: reached}}
 
 
 def _summary(job: Job, facts: dict[str, Any], notes: list[str], events: Events, out: Path | None, wall: float) -> dict[str, Any]:
     epochs = _epochs(events, out)
-    score = evaluation.headline(job.test)
+    score = evaluation.headline(job.settings.data)
     scores = [e[score] for e in epochs if e.get("trained") and score in e]
     seconds: dict[str, float] = {}
     for e in events.epochs:  # as `wall`: of this start
@@ -226,12 +220,12 @@ def _summary(job: Job, facts: dict[str, Any], notes: list[str], events: Events, 
         **facts,
         "student": student,
         "epochs": len(epochs),
-        "steps": epochs[-1]["step"] if epochs else 0,
+        "steps": max(events.step, epochs[-1]["step"] if epochs else 0),
         "seconds": {k: round(v, 2) for k, v in seconds.items()},
         "wall": round(wall, 2),
         "device": str(job.given.device),
-        "precision": job.precision,
-        "seed": job.seed,
+        "precision": job.settings.precision,
+        "seed": job.settings.seed,
         "notes": notes,
         **job.method.report(),
         **extra,

@@ -17,9 +17,10 @@ from fastkd.assemble.device import resolve_device, resolve_precision
 from fastkd.assemble.networks import Network, entry_of, load_network, make_student, metadata, network_facts, placed
 from fastkd.assemble.real import real_images
 from fastkd.assemble.target import Target
-from fastkd.config import CheckpointConfig, RunConfig
+from fastkd.config import RunConfig
 from fastkd.data import embeddings
 from fastkd.engine import determinism
+from fastkd.engine.settings import Settings
 from fastkd.errors import ConfigError, InputError, nearest
 from fastkd.log import Log
 from fastkd.memory import Places
@@ -35,19 +36,11 @@ class Job:
     name: str
     method: Method
     given: Given
-    test: Any
-    metadata: dict[str, str]
+    settings: Settings
     out_name: str
-    seed: int
-    precision: str
-    poll: int
-    graphs: bool
-    checkpoint: CheckpointConfig
     config: dict[str, Any]
     facts: dict[str, Any]
     notes: list[str]
-    global_bn: bool = True
-    deterministic: bool = False
     teacher_sha256: str = ""
 
 
@@ -213,19 +206,19 @@ def make_job(config: RunConfig, target: Target | None = None, *, fake: bool = Fa
         name=name,
         method=method,
         given=given,
-        test=None if test is None else test.to(device),
-        metadata=metadata(spec, teacher.classes, teacher.shape, teacher.mean, teacher.std, names, method=name, teacher=teacher.spec),
+        settings=Settings.of(
+            config,
+            precision=precision,
+            global_bn=config.ranks.bn == "global",
+            data=None if test is None else test.to(device),
+            student_metadata=metadata(
+                spec, teacher.classes, teacher.shape, teacher.mean, teacher.std, names, method=name, teacher=teacher.spec
+            ),
+        ),
         out_name="student.safetensors",
-        seed=config.seed,
-        precision=precision,
-        poll=config.poll,
-        graphs=config.graphs == "auto",
-        checkpoint=config.checkpoint,
         config=resolved,
         facts={"teacher": network_facts(teacher.spec, teacher.net), "student": network_facts(spec, net), "data": config.data},
         notes=notes,
-        global_bn=config.ranks.bn == "global",
-        deterministic=config.deterministic,
         teacher_sha256=teacher.sha256,
     )
 

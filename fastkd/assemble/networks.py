@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +74,19 @@ def weights_path(name: str) -> Path:
         if path.is_dir() and (path / inner).exists():
             return path / inner
     if path.is_dir() and (path / "checkpoints").is_dir():
-        raise InputError(f"the run in '{name}' is not finished; continue it with: fastkd run --resume --out {name}")
+        again = shlex.join(["fastkd", "run", "--resume", "--out", name, *_typed_again(path)])
+        raise InputError(f"the run in '{name}' is not finished; continue it with: {again}")
     return path
+
+
+def _typed_again(folder: Path) -> list[str]:
+    """The options of a run that name code, which runs only when it is typed."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        specs = {part: str((config.get(part) or {}).get("spec")) for part in ("teacher", "student")}
+    except (OSError, ValueError, AttributeError):
+        return []
+    return [word for part, spec in specs.items() if spec.startswith("py:") for word in (f"--{part}", spec)]
 
 
 def read_names(path: str) -> list[str]:
@@ -128,32 +140,40 @@ def load_network(config: TeacherConfig, default_data: str | None = None, *, what
 
     names = known("class_names", read_names(config.class_names) if config.class_names else None)
     classes = known("classes", config.classes, said.get("classes_in_head") or (len(names) if names else None))
-    if classes is None:
-        raise ConfigError(f"the number of classes of '{config.weights}' is not known; expected --classes N.")
+    entry = entry_of(default_data)
+    mean, std = known("mean", config.mean), known("std", config.std)
+    size = known("input_size", config.input_size, entry.size if entry else None)
+    if classes is None or mean is None or std is None or size is None:
+        raise ConfigError(_missing(config.weights, what, classes, mean, std, size, constants(entry.constants if entry else "imagenet")))
     if names is not None and len(names) != classes and config.classes is not None and config.class_names is None:
         raise InputError(f"the {what} '{config.weights}' has {len(names)} classes, found --classes {classes}; leave that option out.")
     if names is not None and len(names) != classes:
         raise InputError(f"{len(names)} class names for {classes} classes; expected one a class.")
-    entry = entry_of(default_data)
-    mean, std = known("mean", config.mean), known("std", config.std)
-    size = known("input_size", config.input_size, entry.size if entry else None)
-    if mean is None or std is None:
-        example = constants(entry.constants if entry else "imagenet")
-        raise ConfigError(
-            f"the normalisation of '{config.weights}' is not known; expected --mean and --std as the {what} was trained, "
-            f"such as --mean {','.join(map(str, example.mean))} --std {','.join(map(str, example.std))}"
-            + (", and --input-size PIXELS." if size is None else ".")
-        )
     if max(mean) > 1:
         raise ConfigError(f"mean is {_short(mean)}; expected values for images in [0, 1] (divide mean and std by 255).")
     channels = known("channels", config.channels, channels_of(weights.state) or len(mean))
-    if size is None:
-        raise ConfigError(f"the input size of '{config.weights}' is not known; expected --input-size PIXELS.")
+    mean, std = ([*v] * channels if len(v) == 1 else v for v in (mean, std))  # one number is that of all channels
     if len(mean) != channels or len(std) != channels:
         raise ConfigError(f"mean has {len(mean)} and std {len(std)} numbers; expected one for each of the {channels} channels.")
     net = models.build(spec, classes=classes, channels=channels, input_size=size)
     notes += [n for n in models.fit(net, weights, what=what) if n not in notes]
     return Network(net, spec, (channels, size, size), classes, tuple(mean), tuple(std), names, weights.sha256, notes, said.get("data"))
+
+
+def _missing(weights: str, what: str, classes: Any, mean: Any, std: Any, size: Any, example: Any) -> str:
+    """One sentence for all that is not known of a network, and the options that tell it."""
+    unknown, options, trained = [], [], ""
+    if classes is None:
+        unknown, options = ["the number of classes"], ["--classes N"]
+    if mean is None or std is None:
+        unknown.append("the normalisation")
+        options += [f"--mean {','.join(map(str, example.mean))}", f"--std {','.join(map(str, example.std))}"]
+        trained = f" (mean and std as the {what} was trained)"
+    if size is None:
+        unknown.append("the input size")
+        options.append("--input-size PIXELS")
+    said = " and ".join(filter(None, [", ".join(unknown[:-1]), unknown[-1]]))
+    return f"{said} of '{weights}' {'is' if len(unknown) == 1 else 'are'} not known; expected {' '.join(options)}{trained}."
 
 
 def coded(weights: models.Weights) -> str | None:

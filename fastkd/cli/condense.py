@@ -7,14 +7,13 @@ from typing import Any
 
 import click
 
-from fastkd.cli import tasking
+from fastkd.cli import task_command
 from fastkd.cli.common import data_word, out_folder, table, verb
 
 KEYS = {
     key: key
-    for key in ("data", "method", "ipc", "epochs", "iterations", "batch", "lr", "aug", "init", "input_size", "mean", "std", "seed",
-                "device", "precision")
-}  # fmt: skip
+    for key in ("data", "method", "ipc", "epochs", "iterations", "batch", "lr", "aug", "init", *task_command.TASK_KEYS)
+}
 
 
 @verb("condense")
@@ -27,7 +26,7 @@ KEYS = {
 @click.option("--lr", type=float, help="Of the images. Default: 1 (from 100 images a class 10; dc, dsa: 0.1).")
 @click.option("--aug", type=click.Choice(["off", "dsa"]), help="Siamese augmentation. Default: dsa (dc: off).")
 @click.option("--init", type=click.Choice(["real", "noise"]), help="First images. Default: real (dc: noise).")
-@tasking.options(
+@task_command.task_options(
     "condense", "DATA-METHOD", size="Default: the data's own.", norm="Normalised space of the set; best the teacher's.",
     example="eval_steps=300",
 )  # fmt: skip
@@ -36,8 +35,8 @@ def command(sets: tuple[str, ...], out: Path | None, resume: str, as_json: bool,
     from fastkd.config import CondenseConfig
     from fastkd.tasks.condense import condense
 
-    config = tasking.settings("condense", CondenseConfig, table(KEYS, options), sets, out, resume)
+    config = task_command.configuration("condense", CondenseConfig, table(KEYS, options), sets, out, resume)
     if out is None:
         out = out_folder(f"condense-{data_word(config.data)}-{config.method}")
     following = ["fastkd", "run", "--method", "cde", "--condensed", str(out), "--teacher-weights", "FILE", "--student", "SPEC"]
-    return tasking.walk(condense, config, out, resume, as_json, ["fastkd", "condense", "--resume", "--out", str(out)], following)
+    return task_command.walk(condense, config, out, resume, as_json, ["fastkd", "condense", "--resume", "--out", str(out)], following)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastkd.cli.common import emit, method_names, say, stored, verb
+from fastkd.cli.options import WALK, set_option, taking
 from fastkd.cli.words import duration, percent
 from fastkd.errors import ConfigError
 
@@ -20,9 +21,7 @@ KINDS = ("uniform", "gaussian")
 
 @verb("demo")
 @click.option("--method", metavar="NAME", shell_complete=method_names, help="Default: muse.")
-@click.option("--set", "sets", metavar="KEY=VALUE", multiple=True, help="Any configuration key. May be repeated.")
-@click.option("--seed", type=int, metavar="N", help="Root of all draws. Default: 0.")
-@click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N. Default: auto.")
+@taking([set_option("Any configuration key. May be repeated."), WALK["seed"], WALK["device"]])
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder of the runs. Default: the next runs/demo-001.")
 def command(method: str | None, sets: tuple[str, ...], seed: int | None, device: str | None, out: Path | None, as_json: bool) -> int:
     """Distil the embedded digits teacher, then twice more with noise for images and the same student steps: the floor to beat."""

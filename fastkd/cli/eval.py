@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
-from fastkd.cli.common import Numbers, checked, emit, model_names, say, stored, table, verb
+from fastkd.cli.common import checked, emit, model_names, say, stored, table, verb
+from fastkd.cli.options import NETWORK_KEYS, network_options, taking
 from fastkd.errors import ConfigError, InputError
 
-KEYS = {key: key for key in ("spec", "weights", "mean", "std", "input_size", "classes", "channels", "class_names")}
+KEYS = {key: key for key in ("spec", "weights", *NETWORK_KEYS)}
 
 
 @verb("eval")
@@ -18,14 +19,12 @@ KEYS = {key: key for key in ("spec", "weights", "mean", "std", "input_size", "cl
 @click.option("--model", "--teacher", "spec", metavar="SPEC", shell_complete=model_names, help="Where the weights do not name it.")
 @click.option("--model-weights", "--teacher-weights", "weights", metavar="FILE", help="The weights, as another way to give FILE.")
 @click.option("--data", metavar="SPEC", help="NAME, NAME:DIR or DIR. Default: the data of the run folder.")
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N images.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), metavar="N",
+    help="Only a draw of N images, always the same one: every class in proportion, but of sets with labels of pixels any.",
+)  # fmt: skip
 @click.option("--device", metavar="NAME", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--mean", type=Numbers(), help="The network's normalisation, for inputs in [0, 1].")
-@click.option("--std", type=Numbers(), help="As --mean.")
-@click.option("--input-size", type=int, metavar="PIXELS", help="Height and width of the network's input.")
-@click.option("--classes", type=int, metavar="N", help="Number of classes.")
-@click.option("--channels", type=int, metavar="N", help="Image channels.")
-@click.option("--class-names", metavar="FILE", help="One class name a line, or a JSON list.")
+@taking(network_options("network"))
 def command(network: str | None, data: str | None, limit: int | None, device: str, as_json: bool, **options: Any) -> int:
     """Top-1 and top-5 accuracy of a run's student, or of any network, on a data set; with labels of pixels mIoU.
 

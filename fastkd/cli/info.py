@@ -222,13 +222,15 @@ def show_run(found: dict[str, Any]) -> None:
     if found["heartbeats"]:
         summary.print_table(
             ("rank", "phase", "step", ">in it", ">seen", "state"),
-            [_beat_row(b, found["suspects"]) for b in found["heartbeats"]],
+            [_beat_row(b, found["suspects"], ended=status.get("state") != "running") for b in found["heartbeats"]],
         )
 
 
-def _beat_row(b: dict[str, Any], suspects: list[int]) -> tuple[str, str, str, str, str, str]:
-    state = "the others wait for it" if b["rank"] in suspects else "waits for others" if b["waiting"] else "at work"
+def _beat_row(b: dict[str, Any], suspects: list[int], ended: bool) -> tuple[str, str, str, str, str, str]:
     step = f"{b['name']}, epoch {b['epoch']}, step {b['step']}"
+    if ended:
+        return str(b["rank"]), b["phase"], step, "", f"{duration(b['age'])} ago", "has ended"
+    state = "the others wait for it" if b["rank"] in suspects else "waits for others" if b["waiting"] else "at work"
     return str(b["rank"]), b["phase"], step, duration(b["since"]), f"{duration(b['age'])} ago", f"{state}, {b['at']}"
 
 

@@ -52,7 +52,7 @@ def one(name: str, as_json: bool) -> int:
     """One method: its card, its published settings and figures, its fields."""
     from fastkd import methods, recipes
     from fastkd.cli import summary
-    from fastkd.cli.figures import show_figures, show_settings
+    from fastkd.cli.published import show_figures, show_settings
 
     cls = methods.method_class(name)
     about, card = methods.card(name)

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastkd.cli.common import Numbers, checked, emit, model_names, table, verb
+from fastkd.cli.common import checked, emit, model_names, table, verb
+from fastkd.cli.options import NETWORK_KEYS, network_options, taking
 from fastkd.errors import ConfigError
 
 if TYPE_CHECKING:
     from fastkd.config import TeacherConfig
 
-KEYS = {key: key for key in ("spec", "weights", "mean", "std", "input_size", "classes", "channels", "class_names")}
+KEYS = {key: key for key in ("spec", "weights", *NETWORK_KEYS)}
 
 
 @verb("models")
@@ -22,12 +23,7 @@ KEYS = {key: key for key in ("spec", "weights", "mean", "std", "input_size", "cl
 @click.option(
     "--save", metavar="FILE.safetensors", type=click.Path(path_type=Path), help="Write the weights with all that is known of them."
 )
-@click.option("--mean", type=Numbers(), help="The network's normalisation, for inputs in [0, 1].")
-@click.option("--std", type=Numbers(), help="As --mean.")
-@click.option("--input-size", type=int, metavar="PIXELS", help="Height and width of the network's input.")
-@click.option("--classes", type=int, metavar="N", help="Number of classes.")
-@click.option("--channels", type=int, metavar="N", help="Image channels.")
-@click.option("--class-names", metavar="FILE", help="One class name a line, or a JSON list.")
+@taking(network_options("network"))
 def command(spec: str | None, save: Path | None, as_json: bool, **options: Any) -> int:
     """List the networks, or describe one: does it load, its BatchNorm layers, whether its activation map is exact.
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import click
 
-from fastkd.cli.common import Size, emit, table, verb
-from fastkd.cli.deciding import KEYS, check_given, deciding
+from fastkd.cli.common import Size, emit, say, table, verb
+from fastkd.cli.options import taking
+from fastkd.cli.run_options import KEYS, OPTIONS, check_given
 
 
 @verb("plan")
-@deciding
+@taking(OPTIONS)
 @click.option("--probe/--no-probe", "probed", default=True, help="Time one real step of each kind. Without: no hours, no activations.")
 @click.option("--device-memory", type=Size(), metavar="SIZE", help="Plan for GPUs of this memory, such as 80GiB, which need not be here.")
 def command(
@@ -34,6 +35,8 @@ def command(
     given = table(KEYS, options)
     check_given(recipe, given, sets)
     asked = config.resolve(recipe, given, sets, methods=methods.names())
+    if probed:
+        say("taking a step of each kind on this machine (--no-probe leaves that out)")
     planned = plan(asked, gpus or 1, probed=probed, device_memory=device_memory)
     if as_json:
         emit(planned)

@@ -11,7 +11,8 @@ import click
 
 from fastkd.cli import several
 from fastkd.cli.common import Duration, data_word, emit, out_folder, say, stored, table, verb
-from fastkd.cli.deciding import KEYS, check_given, deciding
+from fastkd.cli.options import run_folder_options, taking
+from fastkd.cli.run_options import KEYS, OPTIONS, check_given
 from fastkd.engine import launch
 from fastkd.errors import STOPPED, ConfigError, FastkdError
 
@@ -22,12 +23,7 @@ CONTINUE = "continue from the last checkpoint with"
 
 
 @verb("run")
-@deciding
-@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Run folder. Default: the next runs/METHOD-DATA-001.")
-@click.option(
-    "--resume", is_flag=False, flag_value="must", default="no", type=click.Choice(["must", "auto", "no"]),
-    help="Continue the run in --out. --resume=auto: or start it, where there is none (for job scripts).",
-)  # fmt: skip
+@taking([*OPTIONS, *run_folder_options("METHOD-DATA")])
 @click.option("--launcher", type=click.Choice(launch.LAUNCHERS), default="auto", help="auto: join torchrun's ranks; slurm: srun's.")
 @click.option("--max-restarts", type=click.IntRange(0), default=3, metavar="N", help="Restarts of all ranks after a crash (--gpus).")
 @click.option("--time-limit", type=Duration(), metavar="TIME", help="Stop with a checkpoint after 90s, 45m, 3h50m, 1d.")

@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from fastkd.cli import tasking
+from fastkd.cli import task_command
 from fastkd.cli.common import data_word, model_names, out_folder, table, verb
 from fastkd.errors import ConfigError
 
 KEYS = {
     key: key
-    for key in ("model", "data", "epochs", "batch", "lr", "momentum", "weight_decay", "warmup", "label_smoothing", "aug", "input_size",
-                "mean", "std", "seed", "device", "precision")
+    for key in ("model", "data", "epochs", "batch", "lr", "momentum", "weight_decay", "warmup", "label_smoothing", "aug",
+                *task_command.TASK_KEYS)
 }  # fmt: skip
 
 
@@ -29,7 +29,7 @@ KEYS = {
 @click.option("--warmup", type=float, metavar="SHARE", help="Share of steps with a rising rate. Default: 0.05.")
 @click.option("--label-smoothing", type=float, metavar="SHARE", help="Default: 0.")
 @click.option("--aug", type=click.Choice(["none", "crop", "crop_flip", "resized_crop"]), help="Default: crop_flip.")
-@tasking.options(
+@task_command.task_options(
     "teach", "DATA-MODEL", size="With labels of pixels that of a crop. Default: the data's own.",
     norm="Normalisation for inputs in [0, 1].", example="checkpoint.keep=5",
 )  # fmt: skip
@@ -38,14 +38,14 @@ def command(sets: tuple[str, ...], out: Path | None, resume: str, as_json: bool,
     from fastkd.config import TeachConfig
     from fastkd.tasks.teach import teach
 
-    config = tasking.settings("teach", TeachConfig, table(KEYS, options), sets, out, resume, typed)
+    config = task_command.configuration("teach", TeachConfig, table(KEYS, options), sets, out, resume, typed)
     if out is None:
         out = out_folder(f"teach-{data_word(config.data)}-{config.model}")
     code = [config.model] if config.model.startswith("py:") else []
     again = ["fastkd", "teach", "--resume", "--out", str(out), *(["--model", *code] if code else [])]
     teacher = [*(["--teacher", *code] if code else []), "--teacher-weights", str(out)]
     following = ["fastkd", "run", *teacher, "--data", config.data, "--student", "SPEC"]
-    return tasking.walk(teach, config, out, resume, as_json, again, following)
+    return task_command.walk(teach, config, out, resume, as_json, again, following)
 
 
 def typed(folder: Path, values: dict[str, Any], given: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
@@ -31,12 +32,19 @@ def imagenet() -> tuple[tuple[str, str], ...]:
     return tuple((wnid, words) for wnid, words in rows)
 
 
+SETS: dict[str, Callable[[], list[str]]] = {
+    "digits": lambda: list(DIGITS),
+    "fashion-mnist": lambda: list(FASHION_MNIST),
+    "cifar10": lambda: list(CIFAR10),
+    "cifar100": lambda: list(CIFAR100),
+    "imagenet": lambda: [words for _, words in imagenet()],
+}
+"""The sets that have a shipped label-text table, each with its class names; ImageNet's are read when they are asked for."""
+
+
 def known(name: str) -> list[str] | None:
-    """Class names of the set that a shipped label-text table is called by, or None: digits, fashion-mnist, cifar10, cifar100, imagenet."""
-    small = {"digits": DIGITS, "fashion-mnist": FASHION_MNIST, "cifar10": CIFAR10, "cifar100": CIFAR100}
-    if name == "imagenet":
-        return [words for _, words in imagenet()]
-    return list(small[name]) if name in small else None
+    """Class names of one of `SETS`, or None."""
+    return SETS[name]() if name in SETS else None
 
 
 def recognise(names: list[str] | None) -> str | None:
@@ -45,4 +53,4 @@ def recognise(names: list[str] | None) -> str | None:
         return None
     if len(names) == 1000 and list(names) == [wnid for wnid, _ in imagenet()]:
         return "imagenet"
-    return next((name for name in ("digits", "fashion-mnist", "cifar10", "cifar100", "imagenet") if known(name) == list(names)), None)
+    return next((name for name in SETS if known(name) == list(names)), None)

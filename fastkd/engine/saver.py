@@ -54,7 +54,7 @@ class Saver:
             return
         tensors, numbers = state.collect(self.method)
         images, together = state.images(self.method)
-        about = {**self.settings.about, "world": ranks.world(), "collapse": self.collapse.state()}
+        about = {**self.settings.about, "world": ranks.world(), "threads": torch.get_num_threads(), "collapse": self.collapse.state()}
         if ranks.rank() == 0 or together:
             self._write(position, done, tensors, numbers, about, images, together)
         ranks.meet()  # rank 0 may have much to write, and a step waits for others only so long

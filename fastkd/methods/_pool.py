@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,17 @@ from fastkd.memory.store import Quant
 from fastkd.method import Share, Weight
 from fastkd.methods._student import StudentPhase
 from fastkd.nn import BnEma, Trace
+
+DROWNS = 1e5
+"""`bn` over `oh`, times the norms of a teacher's statistics, from which the class hardly counts. The published weights and a CIFAR
+ResNet-20 come to 8e3; with 4e5 (EfficientNet-Lite0 and the same weights) next to no image was named as meant, with 400 a fifth:
+docs/methods.md."""
+FITS = 400.0
+
+
+def statistics_norm(teacher: Any) -> float:
+    """Σ_l ‖running mean‖ + ‖running variance‖ over the BN layers: how large the BN-statistics term of images can be that match nothing."""
+    return sum(float(part.norm()) for row in teacher.target for part in row.split([b - a for a, b in pairwise(teacher.split)]))
 
 
 class Call:
@@ -45,6 +57,14 @@ class PoolMethod(StudentPhase):
     """which iterate of a call is stored"""
     pool_quant: Quant = "floor"
     """how [0, 1] becomes 8 bits; none: stored as fp16"""
+
+    def notes(self) -> list[str]:
+        norm = statistics_norm(self.teacher) if self.bn and self.oh else 0.0
+        if self.bn * norm <= DROWNS * self.oh:
+            return super().notes()
+        fits = FITS * self.oh / norm
+        said = f"the norms of this teacher's BN statistics sum to {norm:,.0f}: with bn = {self.bn:g} their term drowns that of the class"
+        return [*super().notes(), f"{said}; method.bn={fits:.2g} keeps both in sight"]
 
     def call(self, size: int, capacity: int) -> Call:
         """State of a generator of `size` × `size` images whose pool holds `capacity` of them."""

@@ -18,6 +18,7 @@ from fastkd.method import Count, Rate, Share, Step, Weight, step
 from fastkd.methods._card import Card
 from fastkd.methods._pool import Call, PoolMethod
 from fastkd.nn import Trace
+from fastkd.nn.trace import sample_means
 
 CARD = Card(
     paper="Fang et al., Contrastive Model Inversion for Data-Free Knowledge Distillation",
@@ -196,7 +197,7 @@ class Cmi(PoolMethod):
             return t.moments
         groups = t.groups or ()
         maps = groups[:-1] if self.tap() == "stage_inputs" else groups[1:]
-        wide = [m.mean((2, 3), dtype=torch.promote_types(m.dtype, torch.float32)) for m in maps]
+        wide = [sample_means(m) for m in maps]
         return torch.cat(wide, 1) if wide else t.logits[:, :0]
 
     def probe(self) -> Tensor:

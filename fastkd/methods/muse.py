@@ -133,7 +133,7 @@ class Muse(Nayer):
             )
 
     def notes(self) -> list[str]:
-        said = []
+        said = super().notes()
         if self.a_ed:
             e = self.table_of_labels().double()
             distance = torch.cdist(e, e, compute_mode="donot_use_mm_for_euclid_dist").square() / e.shape[1]

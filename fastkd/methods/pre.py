@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -32,6 +32,20 @@ CARD = Card(
 def first_adam_step(g: Tensor, lr: float) -> Tensor:
     """What a fresh Adam subtracts in its first step on the gradient `g`: ±lr, 0 where the gradient is 0."""
     return lr * g / (g.abs() + 1e-8)
+
+
+class _Known(torch.autograd.Function):
+    """A value whose gradient is known: (value [], n gradients, the n tensors that they are for) → value."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *found: Tensor) -> Tensor:
+        ctx.save_for_backward(*found[: len(found) // 2])
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        known = ctx.saved_tensors
+        return None, *([None] * len(known)), *(grad * g for g in known)
 
 
 @dataclass
@@ -97,16 +111,19 @@ class Pre(Prior):
                 self.old.copy_(self.rehearsal()[0])
         self.update(self.fresh(), self.old if self.replayed else None)
 
-    def rehearsal(self) -> tuple[Tensor, Tensor]:
+    def rehearsal(self, leak: bool = False) -> tuple[Tensor, Tensor]:
         """Self-generated images [m, C, H, W], confident and class-balanced after one tuning step of their latents; no gradient.
 
-        Also the objective before that step: what the release's uncleared gradient teaches the memory generator.
+        Also the objective before that step. With `leak` it is a term that teaches the memory generator, as the release's uncleared
+        gradient does; that gradient is taken together with the latents'.
         """
         z = self.rng.normal(self.replayed, self.nz, name="replay").requires_grad_()
         objective = torch.stack(list(self.confident(self.teacher(self.decode(z))).values())).sum()
-        (g,) = self.gradients(objective + losses.latent_prior(z), [z], retain_graph=True)
+        weights: list[Tensor] = list(self.Gm.parameters()) if leak else []
+        g, *found = self.gradients(objective + losses.latent_prior(z), [z, *weights])
         with torch.no_grad():
-            return self.decode(z - first_adam_step(g, self.lr_latent)), objective
+            old = self.decode(z - first_adam_step(g, self.lr_latent))
+        return old, _Known.apply(objective.detach(), *found, *weights) if leak else objective.detach()
 
     def decode(self, z: Tensor) -> Tensor:
         """Images of the memory generator with its weights in `replay_dtype`."""
@@ -121,7 +138,7 @@ class Pre(Prior):
         if rehearse and self.latent_sharing:
             x = torch.cat([x, self.old])
         elif rehearse and self.leak_latent_grad:
-            old, leak = self.rehearsal()
+            old, leak = self.rehearsal(leak=True)
             x = torch.cat([x, old])
         elif rehearse:
             with self.frozen(self.Gm):

@@ -45,7 +45,10 @@ def check_ask(ask: Iterable[str]) -> None:
 def sample_means(x: Tensor) -> Tensor:
     """[B, C, *S] → [B, C] means over space, at least fp32."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    return x.flatten(2).mean(2, dtype=wide) if x.dim() > 2 else x.to(wide)
+    if x.dim() <= 2:
+        return x.to(wide)
+    # A sum, divided afterwards: the gradient of a mean would be written out, in another memory layout than a channels_last map's.
+    return x.flatten(2).sum(2, dtype=wide) / x.shape[2:].numel()
 
 
 class Counts:

@@ -6,7 +6,10 @@ native backend does (then through the reference), so that compiled graphs and `o
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
@@ -30,6 +33,23 @@ _chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def choose(op: str, x: Tensor) -> str:
     """The backend that runs `op` on tensors like `x`; a constant under torch.compile."""
     return _chosen(op, x.device.type, str(x.dtype)[6:])
+
+
+MODULES = {"cpp": "native", "cuda": "native", "triton": "triton"}
+"""The module of an op's package that launches a backend's kernels."""
+
+
+def kernels_for(package: str, op: str, x: Tensor) -> ModuleType | None:
+    """The module of `package` whose kernels run `op` on tensors like `x`; None: the reference does."""
+    name = choose(op, x)
+    return None if name == "reference" else _module(package, name)
+
+
+@functools.cache
+def _module(package: str, backend: str) -> ModuleType:
+    if backend not in MODULES:
+        raise NotImplementedError(f"no module launches kernels of the backend {backend!r}; name it in fastkd/ops/_library.py")
+    return importlib.import_module(f"{package}.{MODULES[backend]}")
 
 
 def define(

@@ -22,7 +22,7 @@ from fastkd.errors import ConfigError
 from fastkd.method import Method, Phase, Step, step
 from fastkd.models.generators import reinitialise
 from fastkd.nn import diff_augment
-from fastkd.tasks.opened import Opened, make_job, open_data
+from fastkd.tasks.real_data import Opened, make_job, open_data
 
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
 """Images a class → image steps of a network of DC, and epochs of the network between two of them."""
@@ -207,9 +207,9 @@ def condense(config: CondenseConfig, out: Path, *, resume: str = "no", listeners
       ConfigError, InputError, PlaceError: one sentence each, before the first step.
     """
     found = open_data(config.data, config.input_size, config.mean, config.std, "be condensed")
-    settings = resolved(config, found)
-    method = Condense(**settings)
-    job = make_job("condense", method, method.net, found, config, out_name="convnet.safetensors", settings=settings)
+    values = resolved(config, found)
+    method = Condense(**values)
+    job = make_job("condense", method, method.net, found, config, out_name="convnet.safetensors", resolved=values)
     outcome = assemble.execute(job, out, resume=resume, listeners=listeners)
     if outcome.code == 0 and ranks.rank() == 0:
         about = {"method": method.method, "ipc": method.ipc, "seed": config.seed, "data": found.train.name}

@@ -11,7 +11,7 @@ import torch
 
 from fastkd import assemble, models
 from fastkd.config import RunConfig
-from fastkd.engine import loop, probe
+from fastkd.engine import probe
 from fastkd.engine.determinism import deterministic
 from fastkd.errors import NoMemoryError, no_memory
 from fastkd.memory import host_memory
@@ -44,7 +44,8 @@ def plan(config: RunConfig, world: int = 1, *, probed: bool = True, device_memor
         walked = assemble.dry_run(config, world, where=where)
         job = assemble.make_job(config, where)  # once more: what a dry run has built is not there
     walked["notes"] = said + walked["notes"]
-    data = 0 if job.test is None else sum(t.numel() * t.element_size() for t in (job.test.images, job.test.labels))
+    test = job.settings.data
+    data = 0 if test is None else sum(t.numel() * t.element_size() for t in (test.images, test.labels))
     parts = walked["bytes"] | ({"evaluation data": data} if data else {})
     room = where.memory if where.here is None or device_memory else free(where.here)
     memory: dict[str, Any] = {"held": sum(parts.values()), "available": room}
@@ -56,10 +57,9 @@ def plan(config: RunConfig, world: int = 1, *, probed: bool = True, device_memor
         return planned | {"why": "not known without the probe: the memory of activations is not counted"}
     if memory["held"] + sum(walked["host"].values()) > free(where.stand_in):  # of a GPU that is elsewhere
         return planned | {"why": "not known: no step can be tried here, where what is held alone is more than there is"}
-    settings = loop.Settings(seed=job.seed, precision=job.precision, global_bn=job.global_bn, data=job.test)
     try:
-        with deterministic(job.deterministic):
-            found = probe.probe(job.method, job.given, settings, world=world)
+        with deterministic(job.settings.deterministic):
+            found = probe.probe(job.method, job.given, job.settings, world=world)
     except Exception as e:
         if not (isinstance(e, NoMemoryError) or no_memory(e)):
             raise

@@ -18,7 +18,7 @@ from fastkd.engine.events import Listener
 from fastkd.errors import ConfigError
 from fastkd.memory import Store
 from fastkd.method import Method, Step, step
-from fastkd.tasks.opened import make_job, open_data
+from fastkd.tasks.real_data import make_job, open_data
 
 
 @dataclass

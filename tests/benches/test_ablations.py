@@ -11,20 +11,27 @@ from benches import _budget, ablations
 from fastkd import config, methods
 
 
-@pytest.mark.parametrize("own", [a for a in ablations.ABLATIONS if a.method in methods.METHODS], ids=lambda a: a.part)
-def test_a_switch_is_a_field_and_changes_the_recipe(own):
-    table = config.resolve(f"{own.method}-digits", {}).method
+def values(texts):
+    return {key: config.parse_value(value) for key, value in (text.split("=") for text in texts)}
+
+
+@pytest.mark.parametrize("own", ablations.ABLATIONS, ids=lambda a: a.part)
+def test_a_switch_is_a_field_and_changes_the_setting(own):
+    table = config.resolve(f"{own.method}-digits", {}).method | values(own.setting)
     fields = {f.name: f.default for f in dataclasses.fields(methods.method_class(own.method, table))}
-    for text in own.switch:
-        key, value = text.split("=")
-        assert config.parse_value(value) != table.get(key, fields[key])
+    assert values(own.setting).keys() <= fields.keys()
+    assert all(value != table.get(key, fields[key]) for key, value in values(own.switch).items())
+
+
+BN = next(a for a in ablations.ABLATIONS if a.switch == ("bn=0",))
 
 
 def runs(*values):
+    about = {"method": BN.method, "setting": list(BN.setting)}
     return [
-        {"method": "fast", "switch": list(switch), "seed": seed, "top1": top1}
+        {**about, "switch": list(switch), "seed": seed, "top1": top1}
         for seed, pair in enumerate(values)
-        for switch, top1 in zip(((), ("bn=0",)), pair)
+        for switch, top1 in zip(((), BN.switch), pair)
     ]
 
 
@@ -36,18 +43,19 @@ def runs(*values):
 ])  # fmt: skip
 def test_what_the_last_column_says(values, said):
     (row,) = ablations.rows(runs(*values))
-    assert ablations.cells(row)[-1] == said and row["method"] == "fast"
+    assert ablations.cells(row)[-1] == said and row["method"] == BN.method
 
 
 def test_a_seed_without_its_counterpart_is_left_out():
-    (row,) = ablations.rows([*runs((80.0, 70.0)), {"method": "fast", "switch": [], "seed": 1, "top1": 10.0}])
+    (row,) = ablations.rows([*runs((80.0, 70.0)), {**runs((10.0, 0.0))[0], "seed": 1}])
     assert row["whole"] == [80.0] and row["without"] == [70.0] and row["change"] == -10.0
 
 
 def test_the_record_grows_and_old_runs_are_kept(tmp_path, monkeypatch):
     """Two toy runs; the others of the record are not run again."""
-    monkeypatch.setattr(ablations, "ABLATIONS", ablations.ABLATIONS[:2])
-    old = [{"method": "fast", "switch": s, "seed": 0, "top1": 50.0} for s in ([], ["adv=0"])]
+    two = tuple(ablations.Ablation("a part", "fast", (switch,), ("lr=0.05",), "a reason") for switch in ("adv=0", "bn=0"))
+    monkeypatch.setattr(ablations, "ABLATIONS", two)
+    old = [{"method": "fast", "setting": ["lr=0.05"], "switch": s, "seed": 0, "top1": 50.0} for s in ([], ["adv=0"])]
     _budget.write(tmp_path / "ablations.json", {"runs": old})
     toy = ["epochs=2", "warmup=1", "batch=10", "g_steps=1", "loops=1", "kd_steps=2", "kd_batch=8"]
     words = [w for text in toy for w in ("--set", f"method.{text}")]

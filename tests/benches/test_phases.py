@@ -50,11 +50,12 @@ def test_passes_alone_leave_weights_modes_and_flags():
 
 
 def test_rows_of_methods(tmp_path, capsys):
-    words = ["--out", str(tmp_path), "--batch", "4", "--epochs", "1", "--only", "fast", "--only", "noise"]
+    words = ["--out", str(tmp_path), "--batch", "4", "--epochs", "1", "--only", "fast", "--only", "noise", "--only", "cde"]
     assert phases.main(words) == 0
     rows = json.loads((tmp_path / "phases.json").read_text())["rows"]
     found = {(r["method"], r["phase"]): r for r in rows}
-    assert found.keys() == {("fast", "synthesis"), ("fast", "distillation"), ("noise", "distillation")}
+    hosts = {(name, phase) for name in ("fast", "cde") for phase in ("synthesis", "distillation")}
+    assert found.keys() == hosts | {("noise", "distillation")}
     fast = found["fast", "synthesis"]
     assert fast["steps"] == ["adapt"] and {"start", "meta_update"} <= fast["others"].keys()
     assert all(abs(r["ratio"] * r["passes_ms"] / r["ms"] - 1) < 0.01 for r in rows)

@@ -49,7 +49,8 @@ def test_the_committed_files_are_what_the_records_say():
 
 
 def test_records_become_tables_and_figures(tmp_path):
-    runs = [{"method": "fast", "switch": s, "seed": 0, "top1": t} for s, t in (([], 80.0), (["bn=0"], 60.0))]
+    run = {"method": "deepinversion", "setting": ["epochs=3"], "seed": 0}
+    runs = [{**run, "switch": s, "top1": t} for s, t in (([], 80.0), (["bn=0"], 60.0))]
     row = {"method": "fast", "phase": "synthesis", "steps": ["adapt"], "ms": 110.4, "passes_ms": 92.0, "passes_with_statistics_ms": 104.0}
     phases = {**COMMON, "batch": 128, "rows": [{**row, "commit": "abcdef0", "ratio": 1.2, "ratio_with_statistics": 1.062}]}
     put(
@@ -62,7 +63,7 @@ def test_records_become_tables_and_figures(tmp_path):
     assert page.index("| vanilla_kd (real images) | 40.0 | 55.5 | 61.2 |") < page.index("| noise |  | 15.0 | 20.5 |")
     assert "`cde`: not run; needs a condensed set." in page
     assert page.index("| fast | 30.0 | 30.0 | 30.0 | 50.25 | 9 | 1,350 | 9.9 | 0.2 |") < page.index("| noise | 30.0 |")
-    assert "| BN-statistics term | fast | bn=0 | 80.0 (80.0) | 60.0 (60.0) | -20.0 | yes |" in page
+    assert "| BN-statistics term | deepinversion | bn=0 | 80.0 (80.0) | 60.0 (60.0) | -20.0 | yes |" in page
     assert "| fast | synthesis | adapt | 110 | 92 | 1.20 | 1.06 | with statistics |" in page
     assert {p.name for p in made} == {"methods-digits-cpu-2-cores.svg", "methods-cifar10-cpu-2-cores.svg"}
     assert all(f"({p.name})" in page and ET.fromstring(text) is not None for p, text in made.items())
@@ -71,11 +72,12 @@ def test_records_become_tables_and_figures(tmp_path):
 
 def test_an_image_net_run_without_a_hit_claims_nothing(tmp_path):
     row = {"method": "muse", "size": 64, "steps": 100, "step_seconds": 0.5, "cpu_seconds": 50.0, "images": 40, "megapixels": 0.16}
-    about = {**COMMON, "teacher": "efficientnet_lite0", "batch": 8, "g_steps": 20, "precision": "bf16", "commit": "abcdef0"}
+    row |= {"bn": 0.01, "commit": "abcdef0"}
+    about = {**COMMON, "teacher": "efficientnet_lite0", "batch": 8, "g_steps": 20, "precision": "bf16", "photographs": {"64": 0.191}}
     for named, claim in ((0.0, True), (0.25, False)):
         put(tmp_path / str(named) / "cpu", **{"imagenet_x": {**about, "rows": [{**row, "named": named}]}})
         page = render_methods.files(tmp_path / str(named))[render_methods.PAGE]
-        assert f"| muse | 64 | 100 | 0.500 | 50 | 40 | 0.16 | {100 * named:.1f} % |" in page
+        assert f"| muse | 64 | 0.01 | 100 | 0.500 | 50 | 40 | 0.16 | {100 * named:.1f} % | 19.1 % |" in page
         assert ("nothing about the images" in page) == claim
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from benches import suite
 from fastkd.cli import exits
-from fastkd.cli.app import COMMANDS
+from fastkd.cli.app import COMMANDS, app
+from fastkd.cli.options import WALK
 from fastkd.cli.run import KEYS
-from fastkd.config import CondenseConfig, RunConfig, TeachConfig
+from fastkd.config import CondenseConfig, RunConfig, TeachConfig, WalkConfig
 from fastkd.errors import STOPPED, FastkdError
 from tests.cli.conftest import environment, one_sentence
 
@@ -116,6 +118,12 @@ def test_options_of_tasks_write_keys_that_exist() -> None:
     assert set(condense_keys.values()) <= set(CondenseConfig.model_fields)
 
 
+def test_all_that_walk_steps_have_the_same_flags() -> None:
+    assert WALK.keys() <= WalkConfig.model_fields.keys()
+    for name in ("run", "plan", "teach", "condense"):
+        assert WALK.keys() <= {p.name for p in app.get_command(None, name).params}, name
+
+
 @pytest.mark.parametrize("shell_name", ["bash", "zsh", "fish"])
 def test_completion_script_calls_the_program(cli, shell_name: str) -> None:
     done = cli("completion", shell_name)
@@ -127,4 +135,5 @@ def test_documentation_names_every_command_and_exit_code() -> None:
     text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
     assert all(f"| `fastkd {name}" in text for name in COMMANDS)
     codes = {e.exit_code for e in FastkdError.__subclasses__()} | {0, FastkdError.exit_code, exits.OUT_OF_MEMORY, STOPPED}
+    codes |= {suite.WRONG, suite.SLOWER, suite.LOST}
     assert all(f"| {code} |" in text for code in codes)

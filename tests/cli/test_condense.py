@@ -27,6 +27,12 @@ def test_a_set_that_run_takes(cli, tmp_path: Path) -> None:
     assert summary["condensed_images"] == 10 and any("10 condensed (dm) images, 1 a class" in n for n in summary["notes"])
 
 
+def test_deterministic_kernels_alone(cli, tmp_path: Path) -> None:
+    done = cli("condense", *SMALL, "--deterministic", "--out", tmp_path / "c")
+    assert done.exit_code == 0, done.stderr
+    assert all(json.loads((tmp_path / "c" / f"{name}.json").read_text())["deterministic"] for name in ("config", "environment"))
+
+
 def test_summary_names_the_next_command_and_resume_continues(cli, tmp_path: Path) -> None:
     done = cli("condense", *SMALL, "--out", tmp_path / "c")
     assert done.exit_code == 0, done.stderr

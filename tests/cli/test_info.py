@@ -108,5 +108,8 @@ def test_heartbeats_of_a_run_that_hangs_name_the_rank(cli, tmp_path: Path) -> No
     assert found["suspects"] == [1] and [b["rank"] for b in found["heartbeats"]] == [0, 1]
     said = cli("info", "--run", tmp_path).stdout
     assert "the others wait for it, a.py:3 in f" in said and "waits for others" in said and "1:15" in said
+    (tmp_path / "status.json").write_text('{"state": "preempted", "code": 75}')
+    said = cli("info", "--run", tmp_path).stdout
+    assert said.count("has ended") == 2 and "wait" not in said
     (tmp_path / "status.json").write_text('{"state": "done"}')
     assert json.loads(cli("info", "--run", tmp_path, "--json").stdout)["suspects"] == []

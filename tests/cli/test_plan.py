@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from fastkd.cli import common, deciding, summary, words
+from fastkd.cli import common, run_options, summary, words
 from fastkd.cli.app import app
 from tests.cli.conftest import TINY, one_sentence, sets
 
@@ -36,7 +36,7 @@ def test_mistakes_are_those_of_a_run(cli):
 
 def test_run_and_plan_take_the_same_options_that_decide_a_run():
     run, plan = ({p.name for p in app.get_command(None, name).params} for name in ("run", "plan"))
-    shared = {*deciding.KEYS, "recipe", "sets", "gpus"}
+    shared = {*run_options.KEYS, "recipe", "sets", "gpus"}
     assert shared <= run and plan == shared | {"probed", "device_memory", "as_json", "debug"}
 
 

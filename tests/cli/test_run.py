@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 from collections.abc import Callable
@@ -154,6 +155,8 @@ def test_a_stop_signal_leaves_with_75_and_the_command_that_continues(cli, tmp_pa
     said = stopped.stderr.strip().splitlines()[-1]
     program, *words = shlex.split(said.partition("continue with: ")[2])
     assert program == "fastkd" and words == ["run", "--resume", "--out", str(cut)]
+    step = int(max((cut / "checkpoints").iterdir()).name.removeprefix("step-"))
+    assert re.search(rf"^steps +{step} in", stopped.stdout, re.MULTILINE), stopped.stdout
     continued = cli(*words, "--json")
     assert continued.exit_code == 0, continued.stderr
     assert "continued from step-" in continued.stderr and json.loads(continued.stdout)["epochs"] == 3

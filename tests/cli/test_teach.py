@@ -45,6 +45,14 @@ def test_summary_names_the_next_command(cli, tmp_path: Path) -> None:
     assert f"fastkd run --teacher-weights {tmp_path / 't'}" in done.stdout
 
 
+def test_deterministic_kernels_alone(cli, tmp_path: Path) -> None:
+    done = cli("teach", *SMALL, "--epochs", 1, "--deterministic", "--out", tmp_path / "t")
+    assert done.exit_code == 0, done.stderr
+    assert all(json.loads((tmp_path / "t" / f"{name}.json").read_text())["deterministic"] for name in ("config", "environment"))
+    other = cli("teach", "--resume", "--out", tmp_path / "t", "--set", "deterministic=false")
+    assert other.exit_code == 2 and "another deterministic" in one_sentence(other.stderr)
+
+
 def test_next_command_of_a_teacher_that_is_code(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("net.py").write_text(

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fastkd.data import embeddings
+from fastkd.data import class_names, embeddings
 from fastkd.data.class_names import CIFAR100, imagenet, known, recognise
 from fastkd.data.embeddings import smallest_class_mse, table
 from fastkd.errors import ConfigError, InputError
@@ -48,6 +48,11 @@ def test_tables_know_what_words_mean():
     distance = torch.cdist(values, values) + torch.eye(100) * 1e9
     nearest = {name: CIFAR100[int(distance[i].argmin())] for i, name in enumerate(CIFAR100)}
     assert nearest["maple_tree"].endswith("_tree") and nearest["man"] in ("woman", "boy") and nearest["bus"] in ("streetcar", "train")
+
+
+def test_every_set_whose_names_are_recognised_has_a_table_and_no_other_has():
+    assert {path.stem for path in embeddings.TABLES.iterdir()} == set(class_names.SETS) == set(SETS)
+    assert all(recognise(known(name)) == name for name in SETS)
 
 
 def test_size_of_the_shipped_tables():

@@ -10,6 +10,7 @@ from fastkd.engine import evaluation, loop, state
 from fastkd.errors import ConfigError
 from fastkd.method import steps
 from fastkd.methods import method_class
+from fastkd.methods._pool import statistics_norm
 from fastkd.methods.fast import Fast
 from tests import small
 
@@ -33,6 +34,16 @@ def test_the_algorithm_box():
     m = small.prepared("fast", {"g_steps": 3, "kd_steps": 2, "reset_l0_at": None, "epochs": 3, "warmup": 1})
     assert names(m, 0) == ["start", "adapt", "adapt", "adapt", "meta_update", "remember"]
     assert names(m, 1) == [*names(m, 0), "anneal", "deal", "learn", "learn"]
+
+
+def test_statistics_that_drown_the_class_are_said_with_a_weight_that_does_not():
+    m = small.prepared("fast", {"bn": 10.0})
+    m.teacher.target.mul_(500 / m.teacher.target.norm())
+    assert not m.notes()
+    m.teacher.target.mul_(1000)
+    (said,) = m.notes()
+    fits = float(said.partition("method.bn=")[2].split()[0])
+    assert fits * statistics_norm(m.teacher) == pytest.approx(400 * m.oh, rel=0.05)
 
 
 def test_adversary_starts_when_the_one_based_call_reaches_warmup():

@@ -167,6 +167,17 @@ def test_the_leak_adds_the_tuning_objective_to_the_memory_generators_gradient():
         torch.testing.assert_close(a, b)
 
 
+def test_the_leak_is_the_objective_and_takes_no_backward_of_its_own():
+    m = small.prepared("pre")
+    m.rng.at(0, 0, "vae", 0)
+    _, leak = m.rehearsal(leak=True)
+    m.rng.at(0, 0, "vae", 0)
+    _, objective = m.rehearsal()
+    assert torch.equal(leak.detach(), objective)
+    behind = [fn for fn, _ in leak.grad_fn.next_functions if fn is not None]
+    assert [id(fn.variable) for fn in behind] == [id(p) for p in m.Gm.parameters()]  # the weights themselves: no network lies between
+
+
 def test_without_the_leak_the_gradient_is_that_of_the_vae_loss_alone():
     _, got, _ = gradients_of_the_vae_step({"leak_latent_grad": False})
     m = small.prepared("pre", {"leak_latent_grad": False})

@@ -10,7 +10,7 @@ import torch
 
 from fastkd import ops
 from fastkd.errors import ConfigError
-from fastkd.ops import _native, _registry
+from fastkd.ops import _library, _native, _registry
 from fastkd.ops.bn_match import native
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -21,6 +21,14 @@ def automatic():
     yield
     _registry._wanted = "auto"
     _registry._answers.clear()
+
+
+def test_every_backend_has_a_module_that_launches_its_kernels(monkeypatch):
+    named = {name for op in _registry.OPS.values() for name in op.backends()} - {"reference", "fold"}
+    assert named == _library.MODULES.keys()
+    monkeypatch.setattr(_library, "choose", lambda op, x: "numpy")  # listed for an op, and nothing written for it
+    with pytest.raises(NotImplementedError, match="no module launches kernels of the backend 'numpy'"):
+        ops.replay_sums(torch.ones(4))
 
 
 def test_captured_calls_prefer_kernels_by_their_own_time(monkeypatch):

@@ -279,7 +279,7 @@ def test_a_short_run_beats_the_real_images_that_it_began_with(tmp_path):
 )
 def test_what_is_left_open_is_what_the_papers_use(over, settings):
     from fastkd.tasks.condense import resolved
-    from fastkd.tasks.opened import open_data
+    from fastkd.tasks.real_data import open_data
 
     got = resolved(CondenseConfig(**over), open_data("digits", None, None, None, "be condensed"))
     assert {k: got[k] for k in settings} == settings and got["net"] == "convnet3"

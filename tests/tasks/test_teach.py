@@ -8,6 +8,7 @@ import torch
 from fastkd import models
 from fastkd.config import TeachConfig
 from fastkd.data import ImageSet
+from fastkd.engine.settings import Settings
 from fastkd.errors import ConfigError, InputError
 from fastkd.method import Augment, Pace, steps
 from fastkd.rng import Rng
@@ -26,12 +27,10 @@ def test_a_few_epochs_learn_digits_and_leave_a_teacher(tmp_path):
 
 
 def test_stopped_and_resumed_equals_undisturbed(tmp_path, monkeypatch):
-    from fastkd.engine import loop
-
     teach(TeachConfig(**QUICK), tmp_path / "whole")
     with monkeypatch.context() as m:
-        original = loop.Settings
-        m.setattr(loop, "Settings", lambda **kw: original(**{**kw, "max_steps": 37}))
+        whole = Settings.of
+        m.setattr(Settings, "of", lambda config, **more: whole(config, max_steps=37, **more))
         assert teach(TeachConfig(**QUICK), tmp_path / "cut").code == 75
     assert teach(TeachConfig(**QUICK), tmp_path / "cut", resume="must").code == 0
     a, b = (models.load_weights(tmp_path / n / "teacher.safetensors").state for n in ("whole", "cut"))

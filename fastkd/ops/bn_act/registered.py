@@ -5,7 +5,7 @@ The sums leave one op and enter the next, so that between them they can be added
 
 from __future__ import annotations
 
-from types import ModuleType
+import functools
 from typing import Any
 
 import torch
@@ -14,24 +14,12 @@ from torch import Tensor
 from fastkd import ranks
 
 from .. import _native
-from .._library import choose, define
+from .._library import define, kernels_for
 from ..bn_match.reference import wide
 from ..bn_match.registered import sums_fwd
 from . import reference as ref
 
-
-def _kernels(x: Tensor) -> ModuleType | None:
-    """The module that holds the passes for x; None: the reference."""
-    name = choose("batch_norm_act", x)
-    if name == "reference":
-        return None
-    if name == "triton":
-        from . import triton
-
-        return triton
-    from . import native
-
-    return native
+_kernels = functools.partial(kernels_for, str(__package__), "batch_norm_act")
 
 
 def _fwd(

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import functools
-import importlib
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _native
-from .._library import choose, define
+from .._library import define, kernels_for
 from . import reference as ref
 
-
-def _kernels(op: str, x: Tensor) -> ModuleType | None:
-    """The module that holds the kernels of `op` for x; None: the reference."""
-    name = choose(op, x)
-    return None if name == "reference" else _module("triton" if name == "triton" else "native")
-
-
-@functools.cache
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"{__package__}.{name}")
+_kernels = functools.partial(kernels_for, str(__package__))
 
 
 def _sums_like(x: Tensor) -> Tensor:

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _native
-from .._library import choose, define
+from .._library import define, kernels_for
 from . import reference as ref
 
-
-def _kernels(features: Tensor) -> ModuleType | None:
-    """The module that holds cam_fwd and cam_bwd for these features; None: the reference."""
-    name = choose("class_activation_map", features)
-    if name == "reference":
-        return None
-    if name == "triton":
-        from . import triton
-
-        return triton
-    from . import native
-
-    return native
+_kernels = functools.partial(kernels_for, str(__package__), "class_activation_map")
 
 
 def _fwd(

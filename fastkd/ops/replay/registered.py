@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .._library import choose, define
+from .._library import define, kernels_for
 from .reference import replay_gather_ref
 from .values import values
 
@@ -27,16 +27,12 @@ def _gather(
     channels_last: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    backend = choose("replay_gather", images)
-    if backend == "reference" or dtype not in _native.DTYPE:
+    found = kernels_for(str(__package__), "replay_gather", images)
+    if found is None or dtype not in _native.DTYPE:
         two = None if size is None else (size[0], size[1])
         return replay_gather_ref(images, index, dy, dx, flip, pad, mean, std, two, mode, channels_last, dtype)
-    if backend == "triton":
-        from . import triton as kernels
-    else:
-        from . import native as kernels  # type: ignore[no-redef]
     out = _like(images, index, dy, dx, flip, pad, mean, std, size, mode, channels_last, dtype)
-    kernels.replay_gather(images, index, (dy, dx, flip), pad, values(images, mean, std, size, mode, dtype), out, channels_last)
+    found.replay_gather(images, index, (dy, dx, flip), pad, values(images, mean, std, size, mode, dtype), out, channels_last)
     return out
 
 

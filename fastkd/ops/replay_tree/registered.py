@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+import functools
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from .._library import choose, define
+from .._library import define, kernels_for
 from . import reference as ref
 
-
-def _kernels(op: str, x: Tensor) -> ModuleType | None:
-    """The module that holds the kernels for x; None: the reference."""
-    name = choose(op, x)
-    if name == "reference":
-        return None
-    if name == "triton":
-        from . import triton
-
-        return triton
-    from . import native
-
-    return native
+_kernels = functools.partial(kernels_for, str(__package__))
 
 
 def _uniform(key: Tensor, n: int) -> Tensor:

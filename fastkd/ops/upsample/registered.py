@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+import functools
 from typing import Any
 
 from torch import Tensor
 
 from .. import _native
-from .._library import choose, define
-from . import native
+from .._library import define, kernels_for
 from . import reference as ref
 from .native import doubled, halved
 
-
-def _kernels(x: Tensor, act: str) -> ModuleType | None:
-    """The module that holds fwd and bwd for x; None: the reference."""
-    name = choose(f"upsample_affine_{act}", x)
-    if name == "reference":
-        return None
-    if name == "triton":
-        from . import triton
-
-        return triton
-    return native
+_kernels = functools.partial(kernels_for, str(__package__))
 
 
 def _fwd(x: Tensor, scale: Tensor | None, bias: Tensor | None, act: str) -> Tensor:
-    kernels = _kernels(x, act)
+    kernels = _kernels(f"upsample_affine_{act}", x)
     if kernels is None:
         return _native.dense(ref.upsample_affine_act_ref(x, scale, bias, act), x)
     y: Tensor = kernels.fwd(x, scale, bias, act)
@@ -35,7 +24,7 @@ def _fwd(x: Tensor, scale: Tensor | None, bias: Tensor | None, act: str) -> Tens
 
 
 def _bwd(gy: Tensor, y: Tensor, scale: Tensor | None, act: str) -> Tensor:
-    kernels = _kernels(y, act)
+    kernels = _kernels(f"upsample_affine_{act}", y)
     if kernels is None:
         return _native.dense(ref.upsample_affine_act_bwd_ref(gy, y, scale, act), y)
     dx: Tensor = kernels.bwd(gy, y, scale, act)

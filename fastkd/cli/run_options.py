@@ -1,14 +1,15 @@
-"""The options that decide a run, for the commands that take them: `run` and `plan`."""
+"""The options that decide a run, for the commands that take them: `run` and `plan`. Those of other commands too are in `options`."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import click
 
-from fastkd.cli.common import Numbers, method_names, model_names, recipe_names
+from fastkd.cli import options
+from fastkd.cli.common import method_names, model_names, recipe_names
 from fastkd.errors import ConfigError
 
 KEYS = {
@@ -19,16 +20,8 @@ KEYS = {
     "student_weights": "student.weights",
     "data": "data",
     "condensed": "condensed",
-    "seed": "seed",
-    "device": "device",
-    "precision": "precision",
-    "deterministic": "deterministic",
-    "mean": "teacher.mean",
-    "std": "teacher.std",
-    "input_size": "teacher.input_size",
-    "classes": "teacher.classes",
-    "channels": "teacher.channels",
-    "class_names": "teacher.class_names",
+    **{key: key for key in options.WALK},
+    **{key: f"teacher.{key}" for key in options.NETWORK_KEYS},
 }
 """Option → configuration key. A key that is not given stays as the recipe or the default has it."""
 
@@ -44,35 +37,15 @@ OPTIONS = (
         help="Evaluation data: NAME, NAME:DIR, DIR or none. Only vanilla_kd learns from its train split.",
     ),
     click.option("--condensed", metavar="FILE|DIR", help="Condensed set for cde: a file, or the folder of `fastkd condense`."),
-    click.option(
-        "--set", "sets", metavar="KEY=VALUE", multiple=True,
-        help="Any configuration key, such as method.epochs=20. May be repeated.",
-    ),
-    click.option("--seed", type=int, metavar="N", help="Root of all draws. Default: 0."),
-    click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N. Default: auto."),
-    click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Default: bf16 on a GPU, fp32 on a CPU."),
-    click.option(
-        "--deterministic", is_flag=True, default=None,
-        help="Deterministic kernels alone: the same bits on the same GPUs, more slowly.",
-    ),
-    click.option("--mean", type=Numbers(), help="The teacher's normalisation, for inputs in [0, 1]."),
-    click.option("--std", type=Numbers(), help="As --mean."),
-    click.option("--input-size", type=int, metavar="PIXELS", help="Height and width of the teacher's input."),
-    click.option("--classes", type=int, metavar="N", help="Number of classes."),
-    click.option("--channels", type=int, metavar="N", help="Image channels."),
-    click.option("--class-names", metavar="FILE", help="One class name a line, or a JSON list."),
+    options.set_option("Any configuration key, such as method.epochs=20. May be repeated."),
+    *options.WALK.values(),
+    *options.network_options("teacher"),
     click.option("--gpus", type=click.IntRange(1), metavar="N", help="Ranks on this machine, one a GPU; with --device cpu, on the CPU."),
 )
+"""Their parameters are `recipe`, `sets`, `gpus`, and the rest under the names of `KEYS`."""
 
 
-def deciding(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command these options: parameters `recipe`, `sets`, `gpus`, and the rest under the names of `KEYS`."""
-    for option in reversed(OPTIONS):
-        fn = option(fn)
-    return fn
-
-
-def check_given(recipe: str | None, options: dict[str, Any], sets: Iterable[str]) -> None:
+def check_given(recipe: str | None, given: dict[str, Any], sets: Iterable[str]) -> None:
     """Refuse data that are wrong as text, such as a misspelt name, before what else is missing is asked for; and a method's key without
     its `method.`.
 
@@ -81,7 +54,7 @@ def check_given(recipe: str | None, options: dict[str, Any], sets: Iterable[str]
     """
     from fastkd import config, data
 
-    given = config.merge(options, config.parse_sets(sets))
+    given = config.merge(given, config.parse_sets(sets))
     for key in given.keys() - config.RunConfig.model_fields.keys():
         if is_field(key, config.merge(config.read_recipe(recipe) if recipe else {}, given).get("method")):
             raise ConfigError(f"unknown key '{key}'; did you mean 'method.{key}'? It is the method's own.")

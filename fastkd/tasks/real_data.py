@@ -11,6 +11,7 @@ from fastkd import assemble, data, models
 from fastkd.config import CondenseConfig, TeachConfig
 from fastkd.data import ImageSet
 from fastkd.engine import determinism
+from fastkd.engine.settings import Settings
 from fastkd.errors import ConfigError, InputError
 from fastkd.log import Log
 from fastkd.method import Augment, Given, Method
@@ -68,12 +69,12 @@ def make_job(
     config: TeachConfig | CondenseConfig,
     *,
     out_name: str,
-    settings: dict[str, Any] | None = None,
+    resolved: dict[str, Any] | None = None,
 ) -> assemble.Job:
     """A method with a fresh network `model` as its student, the training images as its real ones, and the test images to measure by.
 
     Args:
-      out_name: file of the network in the run folder. settings: what the recorded configuration says in place of `config`'s own values.
+      out_name: file of the network in the run folder. resolved: what the recorded configuration says in place of `config`'s own values.
     """
     determinism.ask(config.deterministic)
     device = assemble.resolve_device(config.device)
@@ -102,16 +103,16 @@ def make_job(
         name=task,
         method=method,
         given=given,
-        test=found.test.to(device),
-        metadata=assemble.metadata(model, found.classes, found.shape, found.mean, found.std, train.class_names, data=train.name),
+        settings=Settings.of(
+            config,
+            precision=assemble.resolve_precision(config.precision, on_gpu=device.type == "cuda"),
+            data=found.test.to(device),
+            student_metadata=assemble.metadata(
+                model, found.classes, found.shape, found.mean, found.std, train.class_names, data=train.name
+            ),
+        ),
         out_name=out_name,
-        seed=config.seed,
-        precision=assemble.resolve_precision(config.precision, on_gpu=device.type == "cuda"),
-        poll=config.poll,
-        graphs=config.graphs == "auto",
-        checkpoint=config.checkpoint,
-        deterministic=config.deterministic,
-        config={"task": task, **config.model_dump(mode="json"), **(settings or {})},
+        config={"task": task, **config.model_dump(mode="json"), **(resolved or {})},
         facts={"student": assemble.network_facts(model, net), "data": train.name},
         notes=[*train.notes],
     )

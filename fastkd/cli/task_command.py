@@ -1,4 +1,4 @@
-"""What `fastkd teach` and `fastkd condense` share: the options of a task, its settings where a folder is continued, the run on screen."""
+"""What `fastkd teach` and `fastkd condense` share: the options of a task, its configuration (also from the folder), the run on screen."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import click
-
-from fastkd.cli.common import Numbers, checked, emit, say, stored
+from fastkd.cli import options
+from fastkd.cli.common import checked, emit, say, stored
 from fastkd.errors import STOPPED, ConfigError
 
 if TYPE_CHECKING:
@@ -17,39 +16,28 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound="BaseModel")
 
+TASK_KEYS = ("input_size", "mean", "std", *options.WALK)
+"""Keys of `config.TaskConfig` that `task_options` gives a flag."""
 
-def options(task: str, named: str, *, size: str, norm: str, example: str) -> Callable[[Any], Any]:
+
+def task_options(task: str, named: str, *, size: str, norm: str, example: str) -> options.Option:
     """The options that every task has.
 
     Args:
       named: how the default folder is called. size, norm: what is said of --input-size and of --mean. example: of a --set.
     """
-    common = [
-        click.option("--input-size", type=int, metavar="PIXELS", help=size),
-        click.option("--mean", type=Numbers(), help=f"{norm} Default: the field's constants of the data."),
-        click.option("--std", type=Numbers(), help="As --mean."),
-        click.option("--seed", type=int, metavar="N", help="Root of all draws. Default: 0."),
-        click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N. Default: auto."),
-        click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Default: bf16 on a GPU, fp32 on a CPU."),
-        click.option("--set", "sets", metavar="KEY=VALUE", multiple=True, help=f"Any key, such as {example}."),
-        click.option(
-            "--out", metavar="DIR", type=click.Path(path_type=Path), help=f"Run folder. Default: the next runs/{task}-{named}-001."
-        ),
-        click.option(
-            "--resume", is_flag=False, flag_value="must", default="no", type=click.Choice(["must", "auto", "no"]),
-            help="Continue the run in --out. --resume=auto: or start it, where there is none.",
-        ),
-    ]  # fmt: skip
-
-    def add(command: Any) -> Any:
-        for option in reversed(common):
-            command = option(command)
-        return command
-
-    return add
+    return options.taking(
+        [
+            options.input_size_option(size),
+            *options.normalisation_options(f"{norm} Default: the field's constants of the data."),
+            *options.WALK.values(),
+            options.set_option(f"Any key, such as {example}."),
+            *options.run_folder_options(f"{task}-{named}"),
+        ]
+    )
 
 
-def settings(
+def configuration(
     task: str,
     kind: type[C],
     given: dict[str, Any],
@@ -58,12 +46,12 @@ def settings(
     resume: str,
     refuse: Callable[[Path, dict[str, Any], dict[str, Any]], None] | None = None,
 ) -> C:
-    """The settings of a new run, or those of the folder that is continued with what was given written over them.
+    """The configuration of a new run, or that of the folder that is continued with what was given written over them.
 
     Args:
       given: by options. refuse: called with the folder, its stored values and what was given.
     Raises:
-      ConfigError: --resume without --out, or settings that do not fit.
+      ConfigError: --resume without --out, or values that do not fit.
     """
     from fastkd.config import merge, parse_sets
 
