@@ -25,8 +25,6 @@ from .tables import aligned
 
 IN_EPOCHS = ("milestones",)
 """Fields of recipes that count epochs, beside `epochs` and `warmup`."""
-LEFT_OUT = {"cde": "needs a condensed set, and none is embedded for digits"}
-"""Registered methods that do not run here, with the reason."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,10 +66,8 @@ def settings(name: str) -> dict[str, Any]:
     """What the digits recipe of a method sets, its `epochs` and `warmup` filled in from the method's defaults.
 
     Raises:
-      BenchError: there is none, or the method is left out.
+      BenchError: there is none.
     """
-    if name in LEFT_OUT:
-        raise _budget.BenchError(LEFT_OUT[name])
     if f"{name}-digits" not in recipes():
         raise _budget.BenchError(f"there is no recipe {name}-digits")
     table = read_recipe(f"{name}-digits")["method"]

@@ -160,4 +160,4 @@ def test_what_cannot_work_is_refused():
 
 @pytest.mark.slow
 def test_the_digits_recipe_beats_noise():
-    assert novel.top1("dafl-digits") > 0.55  # measured: 0.632, with seeds 1 and 2 0.760 and 0.682; noise: 0.446
+    assert novel.top1("dafl-digits") > 0.65  # measured: 0.798, with seeds 1 and 2 0.806 and 0.878; noise: 0.446
