@@ -28,7 +28,7 @@ Written by `python -m benches.render` from the records under `benches/results/`:
 - *eager* is the published methods' own way in plain torch, *compile* the fastest of `torch.compile`'s forms of the same computation, a
   *peer* another library. Ratios are taken within one run; a row shows its worst case, and after *to* its best.
 - A gain is credited to the neighbouring rung of a ladder: what freezing, memory layout, the upsampling identity and bf16 give is the
-  engine's and not the kernels'. Benches leave memory to the C library; what a run gains by keeping what it freed (a tenth of a
+  engine's and not the kernels'. Benches leave memory to the C library; what a run gains by keeping what it freed (a tenth or more of a
   generator's step on a CPU) stands in [methods](methods.md), *freeing*.
 - Single BatchNorms against `torch.compile` mislead: with its input as a graph input the compiler stores a mask that it does not store
   inside a network. Those rows are held to eager only; the whole teacher is held to both.
