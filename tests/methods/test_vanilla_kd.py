@@ -150,7 +150,7 @@ def test_labels_of_pixels_teach_and_stay_out_of_checkpoints():
 def test_the_training_split_is_learned_from_and_the_test_split_measured_on():
     made = job()
     train, test = data.open_set("digits", "train"), data.open_set("digits", "test")
-    assert torch.equal(made.given.real.images, train.images) and torch.equal(made.test.images, test.images)
+    assert torch.equal(made.given.real.images, train.images) and torch.equal(made.settings.data.images, test.images)
     outcome = assemble.distil(config.resolve(None, {"method": {"name": "vanilla_kd", **TINY}, "data": "digits"}), None)
     assert outcome.code == 0 and outcome.summary["images"] == 1297 and outcome.summary["student"]["top1"] is not None
     assert any("1,297 real images at temperature 1; no label is used" in n for n in outcome.summary["notes"])
@@ -206,7 +206,7 @@ def test_test_images_are_never_learned_from(tmp_path):
         for k in range(10):
             pictures(tmp_path / "two" / split / f"class{k}", 2 if split == "test" else 3, shift=k)
     made = job(data=str(tmp_path / "two"))
-    assert len(made.given.real) == 30 and len(made.test) == 20
+    assert len(made.given.real) == 30 and len(made.settings.data) == 20
 
 
 def test_missing_images_and_images_nobody_uses_are_refused():

@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from fastkd import models, ops, ranks
-from fastkd.engine.state import _visit
 from fastkd.errors import ConfigError
 from fastkd.nn import copy_, evaluating, fuse_generator, globalise
 from fastkd.nn.generator_layers import ActivatedBatchNorm2d, GlobalActivatedBatchNorm2d, UpConv, UpsampleAct
@@ -253,7 +252,7 @@ def test_parts_of_a_network_that_cannot_be_traced(fp64):
 def test_what_engines_do_to_a_generator(name, fp64):
     plain, z = make(name)
     net = fuse_generator(copy.deepcopy(plain))
-    paths = [[item.path for item in _visit("g", g, None, set())] for g in (net, plain)]
+    paths = [[name for names in (g.named_parameters(), g.named_buffers()) for name, _ in names] for g in (net, plain)]
     assert paths[0] == paths[1]
     twin = copy.deepcopy(net)  # its own parameters, the same images
     equal(train(twin, z), train(net, z))
