@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 import fastkd
 from fastkd import assemble, config, models
-from fastkd.assemble.device import crowded
+from fastkd.assemble import device
 from fastkd.assemble.job import make_method
 from fastkd.assemble.networks import load_network, read_names, weights_path
 from fastkd.config import TeacherConfig
@@ -267,14 +268,21 @@ def test_devices(name, error):
         assemble.resolve_device(name)
 
 
-@pytest.mark.parametrize("threads, load, said", [(2, 3.0, True), (2, 0.5, False), (1, 30.0, False)])
-def test_more_threads_than_idle_cores_are_said(monkeypatch, threads, load, said):
+@pytest.mark.parametrize("threads, others, said", [(2, 3.0, True), (2, 0.5, False), (2, None, False), (1, 30.0, False)])
+def test_more_threads_than_idle_cores_are_said(monkeypatch, threads, others, said):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(device, "running_beside", lambda: others)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    found = crowded(torch.device("cpu"))
+    found = device.crowded(torch.device("cpu"))
     assert (found is not None) == said and (not said or "OMP_NUM_THREADS=1" in found)
-    assert crowded(torch.device("cuda", 0)) is None
+    assert device.crowded(torch.device("cuda", 0)) is None
+
+
+def test_what_runs_beside_is_counted_without_this_process(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda path: "9.00 5.00 1.00 4/321 17\n")
+    assert device.running_beside(looks=2) == 3
+    monkeypatch.setattr(Path, "read_text", lambda path: "no such numbers")
+    assert device.running_beside() is None
 
 
 def test_a_run_that_goes_on_with_other_threads_says_so(tmp_path, monkeypatch):

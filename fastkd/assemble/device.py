@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from pathlib import Path
 
 import torch
 
@@ -36,14 +38,29 @@ def crowded(device: torch.device) -> str | None:
     OpenMP's threads wait for each other spinning: beside other work on the same cores two of them do less than one alone.
     """
     threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1 or not hasattr(os, "getloadavg"):
+    if device.type != "cpu" or threads == 1:
         return None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    load = os.getloadavg()[0]
-    if load + threads <= 1.5 * cores:
+    others = running_beside()
+    if others is None or threads + others <= cores or others <= cores / 4:
         return None
-    beside = f"{threads} threads beside other work on the same {cores} cores (load {load:.1f})"
+    beside = f"{threads} threads beside {others:.0f} of other work on the same {cores} cores"
     return f"{beside} may be slower than one: OMP_NUM_THREADS=1, or OMP_WAIT_POLICY=passive"
+
+
+def running_beside(looks: int = 8) -> float | None:
+    """How many threads of others run or want to, on average over some 80 ms; None where the system does not tell.
+
+    Not the load average: that still holds what this process, or an installation before it, did a minute ago.
+    """
+    found = []
+    for _ in range(looks):
+        try:
+            found.append(int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0]) - 1)  # without this one
+        except (OSError, ValueError, IndexError):
+            return None
+        time.sleep(0.01)
+    return sum(found) / looks
 
 
 def resolve_precision(name: str | None, *, on_gpu: bool) -> str:
