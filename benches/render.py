@@ -28,8 +28,9 @@ Written by `python -m benches.render` from the records under `benches/results/`:
 - *eager* is the published methods' own way in plain torch, *compile* the fastest of `torch.compile`'s forms of the same computation, a
   *peer* another library. Ratios are taken within one run; a row shows its worst case, and after *to* its best.
 - A gain is credited to the neighbouring rung of a ladder: what freezing, memory layout, the upsampling identity and bf16 give is the
-  engine's and not the kernels'. Benches leave memory to the C library; what a run gains by keeping what it freed (a tenth or more of a
-  generator's step on a CPU) stands in [methods](methods.md), *freeing*.
+  engine's and not the kernels'. So is memory: on a CPU what a call frees stays with the process, for every provider, as `fastkd run`
+  has it. Without (`MALLOC_TRIM_THRESHOLD_=67108864` leaves the C library as it is) fresh pages are a part of every figure, and the
+  larger part of a quick one; what a run gains by it stands in [methods](methods.md), *freeing*.
 - Single BatchNorms against `torch.compile` mislead: with its input as a graph input the compiler stores a mask that it does not store
   inside a network. Those rows are held to eager only; the whole teacher is held to both.
 """
@@ -154,7 +155,8 @@ def machine(own: Records) -> Iterator[str]:
         where = f["device"] if f["type"] == "cuda" else f"{f['host']['cpu']}, {f['host']['cores']} cores"
         with_flags = f" ({', '.join(f['flags'])})" if f["type"] == "cpu" else f", driver {f['driver']}, CUDA {f['cuda']}"
         copied = f"a copy moves {f['copy_gbps']:.0f} GB/s" if f.get("copy_gbps") else "copy not measured"
-        said = f"{where}{with_flags}; torch {f['torch']}, Python {f['python']}; {copied}; revision {f['revision']}"
+        kept = "; freed memory kept" if f.get("memory_kept") else ""
+        said = f"{where}{with_flags}; torch {f['torch']}, Python {f['python']}; {copied}{kept}; revision {f['revision']}"
         groups.setdefault(said, []).append(bench)
     yield from (f"{', '.join(names)}: {said}.\n" for said, names in groups.items())
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fastkd.assemble.device import resolve_device
+from fastkd.engine import allocator
 from fastkd.errors import ConfigError, unknown
 
 from . import BENCHES, baseline, check, tables, targets, verdicts
@@ -97,7 +98,8 @@ def run(request: Request, say: Callable[[str], None] = print) -> Result:
     plan.wrong = check.wrong(gated)
     for i, name in enumerate(names):
         own = dataclasses.replace(plan, deadline=share(plan.deadline, names[i:]))
-        records[name] = bench(name, modules[name], own, about, gated, request.out, lost)
+        with allocator.kept(plan.device) as kept:  # as in a run, and for every provider
+            records[name] = bench(name, modules[name], own, about | {"memory_kept": kept}, gated, request.out, lost)
         lost = records[name].get("lost", "")
         for line in tables.bench_lines(name, records[name]):
             say(line)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from fastkd.data.image_set import IGNORE
 from fastkd.errors import InputError
 from fastkd.method import Method
 from fastkd.nn.augment import normalise
+from fastkd.nn.freeze import in_eval
 
 SCORES = ("top1", "miou")
 """The scores that a network is judged by, each by its kind of data."""
@@ -81,7 +81,7 @@ def accuracy(net: nn.Module, data: Any, mean: Tensor, std: Tensor, batch: int = 
     """
     images, labels = ranks.local(data.images), ranks.local(data.labels)
     hits = torch.zeros(2, dtype=torch.float64, device=mean.device)
-    with _evaluating(net):
+    with in_eval(net):
         for rows, x in batches(images, mean, std, batch, asked, len(data.images) // ranks.world()):
             logits = _logits(net, x)
             if logits.dim() != 2:
@@ -126,7 +126,7 @@ def segmentation(net: nn.Module, data: Any, mean: Tensor, std: Tensor, batch: in
     c = data.classes
     images, labels = ranks.local(data.images), ranks.local(data.labels)
     table = torch.zeros(c * c + 1, dtype=torch.float64, device=mean.device)  # the last place takes what is ignored
-    with _evaluating(net):
+    with in_eval(net):
         for rows, x in batches(images, mean, std, batch, asked, len(data.images) // ranks.world()):
             logits, y = _logits(net, x), labels[rows]
             if logits.shape[2:] != y.shape[1:]:
@@ -137,17 +137,6 @@ def segmentation(net: nn.Module, data: Any, mean: Tensor, std: Tensor, batch: in
     confusion = ranks.total(table)[:-1].view(c, c)
     each, share = iou(confusion), confusion.diagonal().sum() / confusion.sum()
     return DenseResult(float(each.nanmean()), float(share), tuple(each.tolist()), len(data.labels))
-
-
-@contextlib.contextmanager
-def _evaluating(net: nn.Module) -> Iterator[None]:
-    """In eval mode, and back whatever happens."""
-    was_training = net.training
-    net.eval()
-    try:
-        yield
-    finally:
-        net.train(was_training)
 
 
 def _logits(net: nn.Module, x: Tensor) -> Tensor:

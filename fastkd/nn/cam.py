@@ -13,7 +13,7 @@ from fastkd.errors import InputError
 from fastkd.ops import class_activation_map
 
 from . import graph as fxg
-from .freeze import evaluating
+from .freeze import in_eval
 from .instrument import Teacher
 from .recorder import Recorder
 
@@ -77,7 +77,7 @@ class ClassActivationMap(nn.Module):
         if isinstance(self.model, Teacher):
             t = self.model(x)
             return t.logits, t.map, self.model.head
-        with evaluating(self.model), Recorder(x) as seen:
+        with in_eval(self.model), Recorder(x, stages=False) as seen:
             logits = self.model(x)
         return logits, seen.map, None if seen.head is None else fxg.head_weights(*seen.head)
 
@@ -109,7 +109,7 @@ class ClassActivationMap(nn.Module):
 
         hook = dict(self.model.named_modules())[str(self._layer)].register_forward_hook(note)
         try:
-            with torch.inference_mode(False), torch.no_grad(), evaluating(self.model), Recorder(x[:1]) as seen:
+            with torch.inference_mode(False), torch.no_grad(), in_eval(self.model), Recorder(x[:1], stages=False) as seen:
                 self.model(x[:1])
         finally:
             hook.remove()

@@ -25,14 +25,22 @@ def frozen(*nets: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def evaluating(*nets: nn.Module) -> Iterator[None]:
-    """As `frozen`, and in eval mode; each submodule gets back its own training flag."""
+def in_eval(*nets: nn.Module) -> Iterator[None]:
+    """The networks in eval mode; each submodule gets back its own training flag, also after an exception."""
     before = [(m, m.training) for net in nets for m in net.modules()]
-    with frozen(*nets):
-        try:
+    try:
+        if any(flag for _, flag in before):
             for net in nets:
                 net.eval()
-            yield
-        finally:
-            for m, flag in before:
+        yield
+    finally:
+        for m, flag in before:
+            if m.training is not flag:
                 m.training = flag
+
+
+@contextlib.contextmanager
+def evaluating(*nets: nn.Module) -> Iterator[None]:
+    """As `frozen`, and in eval mode; see `in_eval`."""
+    with frozen(*nets), in_eval(*nets):
+        yield

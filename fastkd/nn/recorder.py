@@ -16,12 +16,13 @@ class Recorder(TorchFunctionMode):
 
     After it: `feature` is the input of the last linear layer (or of the last 1x1 convolution on a 1x1 map), `map` the input of the
     last pooling to 1x1 before that, `head` weight and bias of that layer, `groups` the first input of a strided convolution or pooling
-    at each resolution, the image excepted, and the map.
+    at each resolution, the image excepted, and the map. Without `stages` there are none, and they are not kept from being freed.
     """
 
-    def __init__(self, image: Tensor):
+    def __init__(self, image: Tensor, *, stages: bool = True):
         super().__init__()
         self.image = image
+        self.stages = stages
         self.feature: Tensor | None = None
         self.map: Tensor | None = None
         self.head: tuple[Tensor, Tensor | None] | None = None
@@ -30,10 +31,11 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        x = args[0] if args else kwargs.get("input")
         note = self._notes.get(func)
-        if note is not None and isinstance(x, Tensor):
-            note(self, x, args, kwargs)
+        if note is not None:
+            x = args[0] if args else kwargs.get("input")
+            if isinstance(x, Tensor):
+                note(self, x, args, kwargs)
         return func(*args, **kwargs)
 
     def _linear(self, x: Tensor, args: Any, kwargs: Any) -> None:
@@ -74,7 +76,7 @@ class Recorder(TorchFunctionMode):
         self._strided(x, (args[2] if len(args) > 2 else kwargs.get("stride")) or (args[1] if len(args) > 1 else kwargs["kernel_size"]))
 
     def _strided(self, x: Tensor, stride: Any) -> None:
-        if max(stride if isinstance(stride, tuple | list) else (stride,)) > 1 and x is not self.image:
+        if self.stages and max(stride if isinstance(stride, tuple | list) else (stride,)) > 1 and x is not self.image:
             self._ends.setdefault(tuple(x.shape[2:]), x)
 
     @property
