@@ -33,7 +33,7 @@ def test_every_network_of_a_pair_exists(spec: str) -> None:
 
 def test_every_pair_names_a_data_set() -> None:
     named = {c.data for c in PAIRS}
-    wanted = {"cifar10", "cifar100", "tiny-imagenet", "imagenet", "fashion-mnist", "svhn", "nyuv2", "camvid"}
+    wanted = {"cifar10", "cifar100", "tiny-imagenet", "imagenet", "fashion-mnist", "svhn", "nyuv2", "camvid", "caltech101"}
     assert wanted <= named <= set(data.DATASETS)
 
 
@@ -99,6 +99,8 @@ def test_figures_are_found_by_what_they_are_of() -> None:
     assert {f.label for f in recipes.published(data="cifar100", teacher="wrn40_2", student="wrn16_2")} >= {"NAYER-100", "Fast-5", "DFQ"}
     replicated = recipes.published(method="zskt", teacher="wrn40_1", student="wrn16_2", which="not stated")
     assert [(f.value, f.spread) for f in replicated] == [(87.71, 0.71), (89.27, None)]
+    (caltech,) = recipes.published(recipe="dfad-caltech101-resnet34-resnet18")
+    assert (caltech.value, caltech.teacher_value) == (73.5, 76.6)
     with pytest.raises(ConfigError, match="did you mean 'fast-5-cifar10-r34-r18'"):
         recipes.published(recipe="fast-5-cifar10-r34-r19")
 

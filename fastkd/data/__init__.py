@@ -68,6 +68,9 @@ DATASETS: dict[str, DatasetEntry] = {
     "imagenet": DatasetEntry(
         "ImageNet-1k, folders train and val", 1000, 3, 224, "imagenet", "fastkd.data.imagenet:read", "dir", True, 28, sized=True
     ),
+    "caltech101": DatasetEntry(
+        "Caltech-101, the folder 101_ObjectCategories", 101, 3, 128, "half", "fastkd.data.caltech101:read", "dir", True, 16, sized=True
+    ),
     "nyuv2": DatasetEntry(
         "NYUv2, labels of pixels, 13 classes", 13, 3, 128, "half", "fastkd.data.nyuv2:read", "dir", True, 16, sized=True, dense=True
     ),

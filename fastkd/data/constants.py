@@ -37,7 +37,7 @@ CONSTANTS: dict[str, Constants] = {
     "imagenet": Constants(
         (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "all; also the akamaster CIFAR-10 checkpoints and Tiny-ImageNet in PRE-DFKD"
     ),
-    "half": Constants(_HALF3, _HALF3, "DFAD and Fast on NYUv2 and CamVid; MetaQuant on CIFAR-100"),
+    "half": Constants(_HALF3, _HALF3, "DFAD on Caltech-101, DFAD and Fast on NYUv2 and CamVid; MetaQuant on CIFAR-100"),
 }
 
 

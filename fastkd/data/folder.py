@@ -86,7 +86,8 @@ def _pick_split(folder: Path, split: str) -> tuple[Path, list[str]]:
     return wanted, [f"the {split} images are those of its sub-folder {wanted.name}"] if wanted.name != split else []
 
 
-def _list(folder: Path, classes: list[Path]) -> Listing:
+def pictures_of(folder: Path, classes: list[Path]) -> Listing:
+    """All pictures below each of the class folders of `folder`, by name."""
     out = Listing()
     top = (folder.stat().st_dev, folder.stat().st_ino)
     for label, place in enumerate(classes):
@@ -188,7 +189,7 @@ def read_folder(folder: Path, split: str, *, size: int | None = None, channels: 
         classes = sub_folders(place)
         if not classes:
             raise InputError(f"'{printable(str(place))}' has no class sub-folders; expected one sub-folder a class{_hint(place)}")
-        listing = _list(place, classes)
+        listing = pictures_of(place, classes)
     except OSError as error:
         raise InputError(f"'{shown}' cannot be read: {error.strerror or type(error).__name__}") from None
     if len(classes) == 1:

@@ -46,9 +46,8 @@ class DfadZju(Game):
 
 @dataclass
 class Dfad(DfadZju):
-    """Defaults: ResNet-34 → ResNet-18 on CIFAR-10/100 [code]. MNIST: epochs=40, batch=512, nz=100, lr=0.01, weight_decay=1e-4; Caltech101,
-    128 px: epochs=300, batch=64, generator_name=g_dfad_b, lr=0.05; segmentation is the recipe dfad-nyuv2. The images are normalised with
-    the teacher's own constants."""
+    """Defaults: ResNet-34 → ResNet-18 on CIFAR-10/100 [code]. Recipes of dfad for MNIST and for Caltech-101 at 128 px say what differs there;
+    segmentation is the recipe dfad-nyuv2. The images are normalised with the teacher's own constants."""
 
     variant: Literal["original", "zju"] = "original"
     epochs: Count = 500

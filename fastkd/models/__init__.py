@@ -92,6 +92,8 @@ def _table() -> dict[str, ModelEntry]:
         text = f"ImageNet ResNet-{depth}, keys as in torchvision"
         table[f"resnet{depth}"] = ModelEntry("resnet:resnet", "imagenet", text, {"depth": depth}, 224)
     table["mobilenet_v2"] = ModelEntry("mobilenet_v2:mobilenet_v2", "imagenet", "MobileNetV2, keys as in torchvision", {}, 224)
+    text = "SqueezeNet 1.1 without BatchNorm, keys as in torchvision"
+    table["squeezenet1_1"] = ModelEntry("squeezenet:squeezenet1_1", "imagenet", text, {}, 224)
     for percent in (25, 50, 75, 100):
         text = f"MobileNet v1 x{percent / 100:g}, TensorFlow padding"
         table[f"mobilenet_v1_x{percent:03d}"] = ModelEntry("mobilenet_v1:mobilenet_v1", "imagenet", text, {"alpha": percent / 100}, 224)

@@ -39,6 +39,7 @@ EXACT = [  # name, classes, parameters
     ("resnet34", 1000, 21_797_672),
     ("resnet50", 1000, 25_557_032),
     ("mobilenet_v2", 1000, 3_504_872),
+    ("squeezenet1_1", 1000, 1_235_496),
 ]
 ROUNDED = [  # name, parameters in M at 100 classes, BN layers, sum of BN channels, feature
     ("cifar_resnet34", 21.33, 36, 8512, 512),
@@ -95,6 +96,7 @@ def test_squeezed_widths_follow_alpha():
         ("resnet50", {"layer1.0.downsample.0.weight", "layer4.2.conv3.weight", "layer2.0.downsample.1.running_mean", "fc.weight"}),
         ("mobilenet_v2", {"features.0.0.weight", "features.1.conv.0.0.weight", "features.2.conv.1.1.bias", "classifier.1.bias"}),
         ("mobilenet_v2", {"features.1.conv.1.weight", "features.17.conv.3.running_var", "features.18.1.weight"}),
+        ("squeezenet1_1", {"features.0.weight", "features.3.squeeze.bias", "features.12.expand3x3.weight", "classifier.1.bias"}),
         ("wrn40_2", {"conv1.weight", "block1.layer.0.convShortcut.weight", "block3.layer.5.bn2.weight", "bn1.weight", "fc.bias"}),
         ("karanchahal_wrn16_1", {"layer2.layer.0.convShortcut.weight", "linear.bias"}),
         ("vgg11_bn", {"block0.0.bias", "block4.4.running_mean", "classifier.weight"}),
@@ -160,7 +162,7 @@ def test_map_before_the_pooling_at_32(name, expected):
 
 @pytest.mark.parametrize(
     ("name", "rate"),
-    [("mobilenet_v2", 0.2), ("mobilenetv2_s1", 0.2), ("efficientnet_lite0", 0.2), ("mobilenet_v1_x025", 1e-3), ("wrn40_2", None)],
+    [("squeezenet1_1", 0.5), ("mobilenet_v2", 0.2), ("mobilenetv2_s1", 0.2), ("efficientnet_lite0", 0.2), ("mobilenet_v1_x025", 1e-3), ("wrn40_2", None)],
 )
 def test_dropout_as_published(name, rate):
     rates = [m.p for m in make(name).modules() if isinstance(m, nn.Dropout)]
