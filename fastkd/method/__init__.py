@@ -253,6 +253,10 @@ class Method(Updates, Views):
         x.per_sample = True  # type: ignore[attr-defined]
         return x
 
+    def blank(self) -> Tensor:
+        """A black image [1, c, h, w] of the nominal shape: what a network gives for it shows widths, and what is there at all."""
+        return torch.zeros(1, *self.shape, device=self.device)
+
     adam = staticmethod(optim.adam)
     sgd = staticmethod(optim.sgd)
     reset = staticmethod(optim.reset)

@@ -54,7 +54,7 @@ class Prior(Game):
     def check(self) -> None:
         super().check()
         for loss, off in self.on_features().items():
-            if self.teacher(torch.zeros(1, *self.shape, device=self.device)).feature is None:
+            if self.teacher(self.blank()).feature is None:
                 raise ConfigError(
                     f"{loss} needs a teacher that ends in a linear layer, and none was found in this one; use --set method.{off}."
                 )

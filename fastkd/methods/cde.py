@@ -102,7 +102,7 @@ class Expansion(Method):
                 "method 'cde' needs a condensed set, and none is given; expected --condensed FILE (`fastkd condense` makes one), "
                 "a few real images (--set real=SPEC --set method.spc=10), or method.lambda_fa=0, which is the host alone."
             )
-        feature = self.teacher(torch.zeros(1, *self.shape, device=self.device)).feature
+        feature = self.teacher(self.blank()).feature
         if self.lambda_fa and (feature is None or feature.dim() != 2):
             raise ConfigError(
                 "CDE needs a classifier that ends in a linear layer as its teacher, and none was found in this one; "
@@ -129,7 +129,7 @@ class Expansion(Method):
     def build(self) -> None:
         super().build()
         if self.lambda_fa:
-            feature = self.teacher(torch.zeros(1, *self.shape, device=self.device)).feature
+            feature = self.teacher(self.blank()).feature
             assert feature is not None  # `check` refused what has none
             self.D = self.place(FeatureDiscriminator(feature.shape[1], self.classes, self.cond))
             self.opt_d = self.adam(self.D.parameters(), lr=self.lr_d, betas=(0.5, 0.999))

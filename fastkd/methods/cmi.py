@@ -202,7 +202,7 @@ class Cmi(PoolMethod):
 
     def probe(self) -> Tensor:
         """Features of one black image, for their number."""
-        return self.features(self.teacher(torch.zeros(1, *self.shape, device=self.device), *self.tap_asks()))
+        return self.features(self.teacher(self.blank(), *self.tap_asks()))
 
     def asks(self) -> tuple[str, ...]:
         return ("bn", *self.tap_asks()) if self.cr else ("bn",)

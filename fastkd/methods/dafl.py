@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from fastkd import losses
@@ -48,7 +47,7 @@ class Responses(Novel):
 
     def check(self) -> None:
         super().check()
-        if self.a and self.teacher(torch.zeros(1, *self.shape, device=self.device)).feature is None:
+        if self.a and self.teacher(self.blank()).feature is None:
             raise ConfigError(
                 "the activation loss needs a teacher that ends in a linear layer, and none was found in this one; use --set method.a=0."
             )

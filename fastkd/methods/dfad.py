@@ -46,7 +46,7 @@ class DfadZju(Game):
 
 @dataclass
 class Dfad(DfadZju):
-    """Defaults: ResNet-34 → ResNet-18 on CIFAR-10/100 [code]. Recipes of dfad for MNIST and for Caltech-101 at 128 px say what differs there;
+    """Defaults: ResNet-34 → ResNet-18 on CIFAR-10/100 [code]. Its recipes for MNIST and for Caltech-101 at 128 px say what differs there;
     segmentation is the recipe dfad-nyuv2. The images are normalised with the teacher's own constants."""
 
     variant: Literal["original", "zju"] = "original"

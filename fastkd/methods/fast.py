@@ -86,7 +86,7 @@ class Fast(PoolMethod):
 
     def build(self) -> None:
         self.build_student()
-        self.dense = self.teacher(torch.zeros(1, *self.shape, device=self.device)).logits.dim() > 2
+        self.dense = self.teacher(self.blank()).logits.dim() > 2
         dcgan = self.dense and self.segmentation == "g_dfad_b"
         name = "g_dfad_b" if dcgan else self.generator_name
         self.theta, self.clone = (self.generator(name, self.nz, out="sigmoid") for _ in range(2))

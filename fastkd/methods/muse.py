@@ -95,7 +95,7 @@ class Muse(Nayer):
     def check(self) -> None:
         super().check()
         if self.a_cam:
-            t = self.teacher(torch.zeros(1, *self.shape, device=self.device), "groups")
+            t = self.teacher(self.blank(), "groups")
             if self.cam_layer == "last" and t.map is None:
                 raise ConfigError(
                     "the CAM term needs the map before a global pooling, and none was found in this teacher; use --set method.a_cam=0."

@@ -105,7 +105,7 @@ class VanillaKd(StudentPhase):
         if self.attention:
             if self.cache_logits:
                 raise ConfigError("attention transfer needs the teacher's maps of every batch; use --set method.cache_logits=false.")
-            x = torch.zeros(1, *self.shape, device=self.device)
+            x = self.blank()
             with self.evaluating(self.student):
                 t, s = self.teacher(x, "groups"), self.student.trace(x, "groups")
             if [m.shape[2:] for m in t.groups or ()] != [m.shape[2:] for m in s.groups or ()] or len(t.groups or ()) < 2:

@@ -78,7 +78,7 @@ class Zskt(Game):
         super().check()
         if self.beta:
             with torch.no_grad(), self.evaluating(self.student):
-                x = torch.zeros(1, *self.shape, device=self.device)
+                x = self.blank()
                 sizes = [[tuple(m.shape[2:]) for m in stages(t)] for t in (self.teacher(x, "groups"), self.student.trace(x, "groups"))]
             if sizes[0] != sizes[1] or not sizes[0]:
                 found = [", ".join(f"{h} x {w}" for h, w in s) or "none" for s in sizes]

@@ -162,7 +162,14 @@ def test_map_before_the_pooling_at_32(name, expected):
 
 @pytest.mark.parametrize(
     ("name", "rate"),
-    [("squeezenet1_1", 0.5), ("mobilenet_v2", 0.2), ("mobilenetv2_s1", 0.2), ("efficientnet_lite0", 0.2), ("mobilenet_v1_x025", 1e-3), ("wrn40_2", None)],
+    [
+        ("squeezenet1_1", 0.5),
+        ("mobilenet_v2", 0.2),
+        ("mobilenetv2_s1", 0.2),
+        ("efficientnet_lite0", 0.2),
+        ("mobilenet_v1_x025", 1e-3),
+        ("wrn40_2", None),
+    ],
 )
 def test_dropout_as_published(name, rate):
     rates = [m.p for m in make(name).modules() if isinstance(m, nn.Dropout)]
