@@ -63,6 +63,10 @@ class Prior(Game):
         """Losses on the teacher's penultimate feature that are on, and the setting that switches each off."""
         return {"the activation loss": "act=0"} if self.act else {}
 
+    def notes(self) -> list[str]:
+        none = f"nothing is replayed: a batch of {self.batch} has no eighth; 8 images and more have one"
+        return [*super().notes(), *([none] if self.batch < 8 and not self.replayed else [])]
+
     def build(self) -> None:
         super().build()
         self.x = self.buffer(self.batch, *self.shape)  # the novel images of the newest student step

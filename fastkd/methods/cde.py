@@ -45,11 +45,12 @@ CARD = Card(
         "kl",
         "pixels",
         "logits",
+        "feature",
         "kld",
         "leak",
     ),
     also="a condensed set (condensed) or a few real images (real), unless lambda_fa=0; a teacher that ends in a linear layer; "
-    "host=pre: no BatchNorm",
+    "host=pre: no BatchNorm; without a set the terms are the host's own",
 )
 
 FEW = 10

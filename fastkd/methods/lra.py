@@ -29,14 +29,16 @@ CARD = Card(
         "ie",
         "act",
         "dis",
+        "bn",
         "gap",
         "retain: student: the replayed images after a virtual step on the novel ones",
         "pixels",
         "logits",
+        "feature",
         "kld",
         "leak",
     ),
-    also="act: a teacher that ends in a linear layer; order=first: any student",
+    also="act: a teacher that ends in a linear layer; order=first: any student; match=prior+bn: a teacher with BatchNorm",
 )
 
 

@@ -155,5 +155,5 @@ class Mad(Zskt):
         return {"gap": self.lambda_0 * self.gap(*new), "memory": self.lambda_1 * self.gap(*old)}
 
     def report(self) -> dict[str, float]:
-        kept = [t for net in self.memory for t in net.state_dict().values()]
+        kept = [t for net in self.memory for t in net.state_dict().values()] if self.lambda_1 else []  # else nothing is replayed
         return {"replay_bytes": float(sum(t.numel() * t.element_size() for t in kept))}

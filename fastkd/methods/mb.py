@@ -33,7 +33,8 @@ CARD = Card(
 
 @dataclass
 class Mb(Prior):
-    """Defaults: ResNet-34 → ResNet-18 on CIFAR-10/100 [re-implementation]. The bank stays on the device: a step waits for nothing."""
+    """Defaults: ResNet-34 → ResNet-18 on CIFAR-10/100 [re-implementation]. A replay batch is read at once: in host memory
+    (memory.tier) every student step would wait for it."""
 
     match: Literal["prior", "prior+bn"] = "prior"
     """what holds the generator near the real data: the teacher's priors, or also its BatchNorm statistics"""
@@ -56,6 +57,11 @@ class Mb(Prior):
         super().check()
         if self.match == "prior+bn" and self.teacher.split == (0,):
             raise ConfigError("match=prior+bn needs a teacher with BatchNorm, and this one has none; use --set method.match=prior.")
+        if self.bank_slots and self.slot > self.batch:
+            raise ConfigError(
+                f"a slot of the bank has {self.slot} images of a batch of {self.batch}; expected at most as many as the batch has "
+                f"(nearest: method.bank_batch={self.batch})."
+            )
 
     def build(self) -> None:
         super().build()

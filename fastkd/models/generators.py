@@ -47,9 +47,9 @@ class Generator(nn.Module):
 
 @torch.no_grad()
 def reinitialise(net: nn.Module, init: str) -> None:
-    """Draw the weights of every Linear, convolution and BatchNorm of `net` anew, in place (see `Generator.reinit`)."""
+    """Draw the weights of every Linear, convolution, BatchNorm and GroupNorm of `net` anew, in place (see `Generator.reinit`)."""
     for m in net.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+        if isinstance(m, nn.modules.batchnorm._BatchNorm | nn.GroupNorm):
             m.reset_parameters()
             if init == "normal" and m.affine:
                 nn.init.normal_(m.weight, 1, 0.02)

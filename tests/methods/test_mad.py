@@ -144,6 +144,7 @@ def test_replay_bytes_are_the_generators():
     assert m.report()["replay_bytes"] == sum(t.numel() * t.element_size() for t in m.G.state_dict().values())
     wider = small.prepared("mad", {**BOX, "conditional": True}).report()["replay_bytes"]
     assert wider == m.report()["replay_bytes"] + 4 * 8 * 4
+    assert small.prepared("mad", {**BOX, "lambda_1": 0.0}).report()["replay_bytes"] == 0, "nothing is replayed"
 
 
 def test_an_odd_batch_has_no_halves():

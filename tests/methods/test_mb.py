@@ -132,6 +132,13 @@ def test_a_bn_weight_of_zero_is_the_prior_alone():
     assert equal(a, b) and not equal(a, c)
 
 
+def test_a_slot_is_a_part_of_the_batch():
+    with pytest.raises(ConfigError, match=r"a slot of the bank has 17 images of a batch of 16.*method\.bank_batch=16"):
+        small.prepared("mb", {"batch": 16, "bank_batch": 17})
+    assert any("nothing is replayed" in note for note in small.prepared("mb", {"batch": 7, "bank_batch": None}).notes())
+    assert not small.prepared("mb", {"batch": 8, "bank_batch": None}).notes()
+
+
 def test_bn_statistics_need_batchnorm():
     plain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
     given = small.given()

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from safetensors import safe_open
+from torch import nn
 
 from fastkd import losses, models
 from fastkd.config import CondenseConfig
@@ -159,6 +160,14 @@ def test_networks_are_new_and_frozen_weights_stay():
         m.step_ends()
         assert all(torch.equal(a, b) for a, b in zip(weights[-1], m.judge.parameters(), strict=True))
     assert not torch.equal(weights[0][0], weights[1][0])
+    norms = [p for net in (m.judge, m.student) for part in net.modules() if isinstance(part, nn.GroupNorm) for p in part.parameters()]
+    assert norms
+    with torch.no_grad():
+        for p in norms:
+            p.fill_(3.0)
+    take(m, m.redraw, n=2)
+    take(m, m.restart)
+    assert all(p.unique().item() in (0.0, 1.0) for p in norms), "what a network learned before must not reach a fresh one"
     before = m.images.detach().clone()
     take(m, m.restart)
     take(m, m.learn)
