@@ -82,7 +82,7 @@ CPU = (
     Target(GATHER, "advanced indexing", "replay", GATHERS, 6, ("advanced indexing",)),
     Target(GATHER, "a slice loop", "replay", GATHERS, 2.5, ("slice loop",)),
     Target(GATHER, "compile", "replay", GATHERS, 2.5, ("compile*",)),
-    Target(GATHER, "PNG pool + DataLoader", "replay", GATHERS, 50, ("PNG*",)),
+    Target(GATHER, "PNG pool + DataLoader", "replay", GATHERS | {"layout": "channels_last"}, 50, ("PNG*",)),
     Target(STAGE, "eager", "upsample", STAGES | FP32, 1.9, ("published",)),
     Target(STAGE, "compile", "upsample", STAGES | FP32, 1.6, ("compile(published)",)),
     Target(f"{STEP}, fp32", "the published way", "generator", {}, 3, ("published",), BEST, across=LADDER),

@@ -100,7 +100,7 @@ class Dafl(Responses):
 
 @dataclass
 class DaflZju(Responses, Rounds):
-    """Defaults: DAFL's rows in the tables of CMI and FastDFKD [code]."""
+    """Defaults: DAFL's rows in the tables of FastDFKD [code]."""
 
     variant: Variant = "zju"
     nz: Count = 512

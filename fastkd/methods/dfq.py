@@ -40,7 +40,7 @@ Variant = Literal["zju", "original"]
 
 @dataclass
 class Dfq(Game):
-    """Defaults: DFQ's rows in the tables of CMI and FastDFKD [code]; one of their scripts has lr=0.05."""
+    """Defaults: DFQ's rows in the tables of FastDFKD [code]; one of their scripts has lr=0.05."""
 
     needs: ClassVar[frozenset[str]] = frozenset(CARD.needs)
 

@@ -31,7 +31,7 @@ CARD = Card(
 
 @dataclass
 class ZsktZju(Game):
-    """Defaults: ZSKT's rows in the tables of CMI and FastDFKD [code]: no attention, no clipping, SGD."""
+    """Defaults: ZSKT's rows in the tables of FastDFKD [code]: no attention, no clipping, SGD."""
 
     variant: Literal["original", "zju"] = "zju"
     """original: one latent batch for the student steps of a round, attention transfer; zju: as in the benchmark tables"""

@@ -5,8 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastkd.errors import ConfigError
+
 POOLED = ((16, 64), (16, 64)), ((32, 128), (32, 128)), ((48, 192), (48, 192), (64, 256), (64, 256))
 """Squeezed width and that of each of the two expansions, of the Fire modules behind each pooling."""
+
+
+SMALLEST = 17
 
 
 class Fire(nn.Module):
@@ -38,7 +43,8 @@ class SqueezeNet(nn.Module):
                 width = 2 * expanded
         self.features = nn.Sequential(*layers)
         last = nn.Conv2d(width, classes, 1)
-        self.classifier = nn.Sequential(nn.Dropout(0.5), last, nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+        self.classifier = nn.Sequential(nn.Dropout(0.5), last, nn.ReLU())
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 if m is last:
@@ -48,10 +54,17 @@ class SqueezeNet(nn.Module):
                 nn.init.zeros_(m.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [N, c, H, W], at least 21 x 21 → logits [N, classes], none of them negative."""
-        return torch.flatten(self.classifier(self.features(x)), 1)
+        """Images [N, c, H, W], at least 17 x 17 → logits [N, classes], none of them negative."""
+        return torch.flatten(self.avgpool(self.classifier(self.features(x))), 1)
 
 
 def squeezenet1_1(*, classes: int, channels: int, input_size: tuple[int, int]) -> SqueezeNet:
-    """SqueezeNet 1.1, dropout 0.5. A 32x32 image is 1x1 before the classifier."""
+    """SqueezeNet 1.1, dropout 0.5. A 32x32 image is 1x1 before the classifier.
+
+    Raises:
+      ConfigError: images smaller than 17x17, which its poolings leave nothing of.
+    """
+    if min(input_size) < SMALLEST:
+        h, w = input_size
+        raise ConfigError(f"SqueezeNet needs images of at least {SMALLEST} x {SMALLEST} pixels, found {h} x {w}; resize to {SMALLEST}.")
     return SqueezeNet(classes, channels)

@@ -99,7 +99,7 @@ def test_values_are_checked():
     ):
         with pytest.raises(ConfigError, match=sentence):
             models.build("resnet20", **kw)
-    for name, size in (("lenet5", 28), ("convnet3", 7), ("karanchahal_resnet8", 8)):
+    for name, size in (("lenet5", 28), ("convnet3", 7), ("karanchahal_resnet8", 8), ("squeezenet1_1", 16)):
         with pytest.raises(ConfigError, match=f"found {size} x {size}"):
             models.build(name, classes=10, input_size=size)
 
