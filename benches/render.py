@@ -28,9 +28,9 @@ Written by `python -m benches.render` from the records under `benches/results/`:
 - *eager* is the published methods' own way in plain torch, *compile* the fastest of `torch.compile`'s forms of the same computation, a
   *peer* another library. Ratios are taken within one run; a row shows its worst case, and after *to* its best.
 - A gain is credited to the neighbouring rung of a ladder: what freezing, memory layout, the upsampling identity and bf16 give is the
-  engine's and not the kernels'. So is memory: on a CPU what a call frees stays with the process, for every provider, as `fastkd run`
-  has it. Without (`MALLOC_TRIM_THRESHOLD_=67108864` leaves the C library as it is) fresh pages are a part of every figure, and the
-  larger part of a quick one; what a run gains by it stands in [methods](methods.md), *freeing*.
+  engine's and not the kernels'. So is memory: where a record says "freed memory kept", what a call
+  frees stays with the process, for every provider, as `fastkd run` has it on a CPU. Left to the C library, fresh pages are a part of every
+  figure, and the larger part of a quick one; what a run gains stands in [methods](methods.md), *freeing*.
 - Single BatchNorms against `torch.compile` mislead: with its input as a graph input the compiler stores a mask that it does not store
   inside a network. Those rows are held to eager only; the whole teacher is held to both.
 """
