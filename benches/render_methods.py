@@ -146,17 +146,18 @@ def parts_off(record: Record) -> Iterator[str]:
     found = ablations.rows(record["runs"])
     yield (
         "`python -m benches.ablations --out DIR`: a host as it is and with one switch, same steps and seeds, on its digits recipe cut "
-        "short as its setting says. The settings were fixed before the runs (two seeds of the CAM term were there already). Each paper "
-        "reports a lower accuracy without its part; the last column says whether these runs show it. They take seconds where the papers' "
-        "take hours, and a difference that is smaller than the spread over the seeds says nothing. *±*: standard "
-        "deviation over the seeds.\n"
+        "short as its setting says. Accuracy is the mean over the epochs that train the student. The settings were fixed before the "
+        "runs that are shown (two seeds of the CAM term were there already). Each paper reports a lower accuracy without its part; the "
+        "last column says whether these runs show it: a change of more than two standard errors. They take seconds where the papers' "
+        "take hours. "
+        "*±*: standard deviation over the seeds, of the change its standard error.\n"
     )
     yield table(ablations.HEAD, [ablations.cells(r) for r in found])
     yield "The settings, on top of the recipe `METHOD-digits`, and why they are these:\n"
     yield "\n".join(f"- {r['part']}: `{' '.join(r['setting'])}`; {r['why']}." for r in found) + "\n"
     earlier = ablations.rows(record["runs"], ablations.EARLIER)
     if earlier:
-        yield "What was run first, the recipes cut short and nothing else, with two seeds or one:\n"
+        yield "What was run before, the recipes cut short with two seeds or one, and the inversion of pixels:\n"
         yield table(ablations.HEAD, [ablations.cells(r) for r in earlier])
     yield f"{machine(record)} Revision {revisions(record['runs'])}.\n"
 

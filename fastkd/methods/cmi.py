@@ -89,10 +89,12 @@ class Cmi(PoolMethod):
         if self.cr and self.bank_rows < max(self.batch, self.bank_draw):
             least = max(self.batch, self.bank_draw)
             raise ConfigError(f"method.bank_rows is {self.bank_rows}; expected at least batch and bank_draw (nearest: {least}).")
-        if self.cr and not self.probe().shape[1]:
+        # Without a global pooling the last stage has no end that is known, and the maps would be those of other stages.
+        unknown = self.tap() != "bn_inputs" and self.teacher(self.blank(), "groups").map is None
+        if self.cr and (unknown or not self.probe().shape[1]):
             found, other = ("BatchNorm", "stage_outputs") if self.tap() == "bn_inputs" else ("stages", "bn_inputs")
             raise ConfigError(
-                f"the contrastive loss compares features at the teacher's {found}, and none were found in this one; "
+                f"the contrastive loss compares features at the teacher's {found}, and none are known in this one; "
                 f"use --set method.feature_tap={other}, or --set method.cr=0."
             )
 

@@ -149,11 +149,11 @@ class DeepInversion(PoolMethod):
         self.x.data.copy_(self.rng.normal(self.batch, *self.shape))
         own = self.rows(self.batch) % self.classes
         self.task.y.copy_(own if self.labels == "balanced" else self.rng.labels(self.batch, self.classes))
-        self.task.best.reset()
 
     @step("synthesis")
     def fresh(self) -> None:
         self.reset(self.opt_x)
+        self.task.best.reset()  # totals of two resolutions are not compared
 
     @step("synthesis", eager=True)
     def rate(self, k: int, n: int) -> None:

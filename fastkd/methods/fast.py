@@ -75,20 +75,24 @@ class Fast(PoolMethod):
     """calls after which z0 is drawn anew and the meta optimiser is fresh (ImageNet: 50); 0: never"""
     reset_l0_at: int | None = -1
     """1-based call at which the first layer and BN are re-initialised once; none: never; -1: the first call of the 120th epoch after
-    warm-up with g_fast, never with g_deep"""
+    warm-up with g_fast, never with g_deep and g_dfad_b"""
     adv_start: int | None = None
     """1-based call from which the adversary takes part; none: the number of calls until warm-up ends, as released
-    (one call before the student's first step)"""
+    (one epoch before the student's first step)"""
 
     def check(self) -> None:
         super().check()
         self.check_rounds(self.rounds)
 
+    @property
+    def dcgan(self) -> bool:
+        """Whether images are made by `g_dfad_b`, whatever `generator_name` says."""
+        return self.dense and self.segmentation == "g_dfad_b"
+
     def build(self) -> None:
         self.build_student()
         self.dense = self.teacher(self.blank()).logits.dim() > 2
-        dcgan = self.dense and self.segmentation == "g_dfad_b"
-        name = "g_dfad_b" if dcgan else self.generator_name
+        name = "g_dfad_b" if self.dcgan else self.generator_name
         self.theta, self.clone = (self.generator(name, self.nz, out="sigmoid") for _ in range(2))
         self.latent = self.theta.latent
         self.z, self.z0 = self.per_sample(self.batch, *self.latent), self.per_sample(self.batch, *self.latent)
@@ -129,7 +133,7 @@ class Fast(PoolMethod):
         """The calls after the first `made`, up to the one numbered `until`."""
         reset = self.reset_l0_at
         if reset == -1:
-            reset = self.calls(119 + self.warmup) + 1 if self.generator_name == "g_fast" else None
+            reset = self.calls(119 + self.warmup) + 1 if self.generator_name == "g_fast" and not self.dcgan else None
         for call in range(made + 1, until + 1):
             if call == reset:
                 yield self.reset_first_layer

@@ -88,7 +88,7 @@ class Muse(Nayer):
     kd_pool_choice: Literal["images", "pixels"] = "images"
     """what a pool's share of the student steps follows"""
     aug_synth: Literal["auto", "crop_flip", "resized_crop", "none"] = "auto"
-    """auto: crop_flip up to 64 px, resized_crop above"""
+    """auto: `aug` up to 64 px, resized_crop above"""
     bn_low: Weight = 1.0
     """factor of the BN term below the nominal resolution"""
 
@@ -100,7 +100,9 @@ class Muse(Nayer):
                 raise ConfigError(
                     "the CAM term needs the map before a global pooling, and none was found in this teacher; use --set method.a_cam=0."
                 )
-            if self.cam_layer == "pre_last_stage" and len(t.groups or ()) < 2:
+            groups = t.groups or ()
+            strided = t.map is not None and len(groups) > 1 and groups[-2].shape[-1] > groups[-1].shape[-1]
+            if self.cam_layer == "pre_last_stage" and not strided:
                 raise ConfigError(
                     "the map before the last stride is not found in this teacher; use --set method.cam_layer=last, or method.a_cam=0."
                 )

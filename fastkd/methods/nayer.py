@@ -49,7 +49,7 @@ class Nayer(PoolMethod):
     hidden: Count = 1000
     """outputs of a noisy linear layer"""
     redraw_noise: bool = True
-    """noisy layers are drawn anew every loop; false: drawn once and trained on (the paper's ablation)"""
+    """noisy layers are drawn anew every loop; false: drawn once a generator and trained on (the paper's ablation)"""
 
     def check(self) -> None:
         if self.embeddings is None:
@@ -99,6 +99,8 @@ class Nayer(PoolMethod):
     def recreate(self) -> None:
         for net in self.G.values():
             net.reinit()
+            if not self.redraw_noise:  # else every loop does
+                net.redraw(self.rng.whole("noisy"))
 
     @step("synthesis", eager=True)
     def redraw(self, size: int, k: int) -> None:

@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
-from fastkd.engine import state
+from fastkd.engine import loop, state
 from fastkd.errors import ConfigError
 from fastkd.memory import Rows
 from fastkd.method import steps
+from fastkd.nn import instrument
 from tests import small
 
 OFF = {"a_cam": 0.0, "a_ed": 0.0, "a_aed": 0.0}
@@ -100,7 +102,11 @@ def test_noisy_layers_that_are_not_drawn_anew_are_trained_on():
         assert all(torch.equal(p, q) for p, q in zip(m.G[16].noisy.parameters(), before))
     m.rng.at(0, 0, "invert", 0)
     m.invert(16, False)
-    assert not torch.equal(m.G[16].noisy.weight, before[0])
+    trained = m.G[16].noisy.weight.detach().clone()
+    assert not torch.equal(trained, before[0])
+    m.rng.at(0, 0, "recreate", 0)
+    m.recreate()
+    assert not torch.equal(m.G[16].noisy.weight, trained), "a new generator does not start behind the old one's noisy layers"
 
 
 @pytest.mark.parametrize("sizes", [(8,), (16,), (8, 16), (8, 12, 16)])
@@ -180,6 +186,21 @@ def test_every_form_of_the_cam_term_reaches_the_images(over):
     term = m.more_terms(x, t, None, m.at[16])["cam"]
     assert 0 <= term.item() <= 1
     assert torch.autograd.grad(term, x)[0].abs().max() > 0
+
+
+def test_stages_that_are_not_known_are_refused():
+    """Without a global pooling the last stage has no known end: the map before the last stride would be another stage's."""
+    parts = [layer for a, b in ((1, 8), (8, 8), (8, 8)) for layer in (nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU())]
+    flat = nn.Sequential(*parts, nn.Flatten(), nn.Linear(32, 4))
+    for name, over, said in (
+        ("muse", {"cam_layer": "pre_last_stage"}, "the map before the last stride is not found"),
+        ("cmi", {"feature_tap": "stage_outputs"}, "use --set method.feature_tap=bn_inputs"),
+        ("cmi", {"feature_tap": "stage_inputs"}, "use --set method.feature_tap=bn_inputs"),
+    ):
+        given = small.given()
+        given.teacher = instrument(flat, shape=given.shape)
+        with pytest.raises(ConfigError, match=said):
+            loop.prepare(small.small(name, over), given)
 
 
 def test_linear_and_gradient_weights_give_the_same_normalised_map():
