@@ -100,7 +100,7 @@ class Muse(Nayer):
                 raise ConfigError(
                     "the CAM term needs the map before a global pooling, and none was found in this teacher; use --set method.a_cam=0."
                 )
-            groups = t.groups or ()
+            groups: tuple[Tensor, ...] = t.groups or ()
             strided = t.map is not None and len(groups) > 1 and groups[-2].shape[-1] > groups[-1].shape[-1]
             if self.cam_layer == "pre_last_stage" and not strided:
                 raise ConfigError(
