@@ -146,9 +146,9 @@ def parts_off(record: Record) -> Iterator[str]:
     found = ablations.rows(record["runs"])
     yield (
         "`python -m benches.ablations --out DIR`: a host as it is and with one switch, same steps and seeds, on its digits recipe cut "
-        "short as its setting says. Accuracy is the mean over the epochs that train the student. The settings were fixed before the "
-        "runs that are shown (two seeds of the CAM term were there already). Each paper reports a lower accuracy without its part; the "
-        "last column says whether these runs show it: a change of more than two standard errors. They take seconds where the papers' "
+        "short as its setting says. Accuracy is the mean over the epochs that train the student; the mean was chosen when four seeds "
+        "were there, the settings before any (but for two seeds of the CAM term). Each paper reports a lower accuracy without its part; "
+        "the last column says whether these runs show it: a change of more than two standard errors. They take seconds where the papers' "
         "take hours. "
         "*±*: standard deviation over the seeds, of the change its standard error.\n"
     )
