@@ -58,7 +58,13 @@ ABLATIONS = (
         "one image a class and loop and two lives of the generator, so that within a life only the new layer makes loops differ",
     ),
     Ablation("BN-statistics term", "deepinversion", ("bn=0",), *INVERSION),
-    Ablation("CAM term", "muse", ("a_cam=0",), EARLY, "the recipe, before the student is so good that nothing matters; at 8 pixels its maps have 2 x 2 cells, so that they tell little"),
+    Ablation(
+        "CAM term",
+        "muse",
+        ("a_cam=0",),
+        EARLY,
+        "the recipe, before the student is so good that nothing matters; at 8 pixels its maps have 2 x 2 cells, so that they tell little",
+    ),
     Ablation(
         "adversarial term",
         "muse",

@@ -49,8 +49,9 @@ def test_the_committed_files_are_what_the_records_say():
 
 
 def test_records_become_tables_and_figures(tmp_path):
-    run = {"method": "deepinversion", "setting": ["epochs=3"], "seed": 0}
-    runs = [{**run, "switch": s, "top1": t} for s, t in (([], 80.0), (["bn=0"], 60.0))]
+    run = {"method": "deepinversion", "setting": ["epochs=3"]}
+    both = (([], 80.0), (["bn=0"], 60.0))
+    runs = [{**run, "seed": seed, "switch": s, "top1": t, "top1_by_epoch": [t]} for seed in (0, 1) for s, t in both]
     row = {"method": "fast", "phase": "synthesis", "steps": ["adapt"], "ms": 110.4, "passes_ms": 92.0, "passes_with_statistics_ms": 104.0}
     phases = {**COMMON, "batch": 128, "rows": [{**row, "commit": "abcdef0", "ratio": 1.2, "ratio_with_statistics": 1.062}]}
     put(
@@ -63,7 +64,7 @@ def test_records_become_tables_and_figures(tmp_path):
     assert page.index("| vanilla_kd (real images) | 40.0 | 55.5 | 61.2 |") < page.index("| noise |  | 15.0 | 20.5 |")
     assert "`cde`: not run; needs a condensed set." in page
     assert page.index("| fast | 30.0 | 30.0 | 30.0 | 50.25 | 9 | 1,350 | 9.9 | 0.2 |") < page.index("| noise | 30.0 |")
-    assert "| BN-statistics term | deepinversion | bn=0 | 80.0 (80.0) | 60.0 (60.0) | -20.0 | yes |" in page
+    assert "| BN-statistics term | deepinversion | bn=0 | 80.0 ± 0.0 | 60.0 ± 0.0 | -20.00 ± 0.00 | 2 of 2 | -20.00 | yes |" in page
     assert "| fast | synthesis | adapt | 110 | 92 | 1.20 | 1.06 | with statistics |" in page
     assert {p.name for p in made} == {"methods-digits-cpu-2-cores.svg", "methods-cifar10-cpu-2-cores.svg"}
     assert all(f"({p.name})" in page and ET.fromstring(text) is not None for p, text in made.items())
