@@ -37,6 +37,7 @@ def load(path: Path) -> dict[str, dict[str, Any]]:
 def comparable(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     """Why times taken under these facts cannot be compared; None where they can."""
     pairs = [(key, old.get(key), new.get(key)) for key in SAME] + [("cpu", old["host"]["cpu"], new["host"]["cpu"])]
+    pairs.append(("freed memory kept", *(bool(about.get("memory_kept")) for about in (old, new))))
     return next((f"it was measured with {key} {a}, this is {b}" for key, a, b in pairs if a != b), None)
 
 

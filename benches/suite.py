@@ -75,12 +75,17 @@ def run(request: Request, say: Callable[[str], None] = print) -> Result:
       ConfigError: an unknown bench, thread count or baseline. PlaceError: a device that is not there.
     """
     plan, names = plan_of(request), wanted(request.only)
+    with allocator.kept(plan.device) as kept:  # as in a run, and for every provider
+        return _run(request, plan, names, kept, say)
+
+
+def _run(request: Request, plan: Plan, names: list[str], kept: bool, say: Callable[[str], None]) -> Result:
     older = baseline.load(request.baseline) if request.baseline is not None else {}
     if request.out is not None:
         request.out.mkdir(parents=True, exist_ok=True)
     if plan.cuda:
         torch.cuda.set_device(plan.device)
-    about = facts(plan)
+    about = facts(plan) | {"memory_kept": kept}
     for name in set(older) & set(names):
         if why := baseline.comparable(older[name]["facts"], about):
             raise ConfigError(f"the baseline of {name} cannot be compared: {why}; measure it again on this machine.")
@@ -98,8 +103,7 @@ def run(request: Request, say: Callable[[str], None] = print) -> Result:
     plan.wrong = check.wrong(gated)
     for i, name in enumerate(names):
         own = dataclasses.replace(plan, deadline=share(plan.deadline, names[i:]))
-        with allocator.kept(plan.device) as kept:  # as in a run, and for every provider
-            records[name] = bench(name, modules[name], own, about | {"memory_kept": kept}, gated, request.out, lost)
+        records[name] = bench(name, modules[name], own, about, gated, request.out, lost)
         lost = records[name].get("lost", "")
         for line in tables.bench_lines(name, records[name]):
             say(line)

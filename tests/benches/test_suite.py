@@ -158,6 +158,12 @@ def test_only_beyond_both_spreads_is_slower():
     assert baseline.slower(old, record([row("ours: cpp", 9.0, threads=2)])) == []
 
 
+def test_a_baseline_with_memory_left_to_the_c_library_is_refused():
+    facts = {"device": "cpu", "settings": {}, "torch": "2", "host": {"cpu": "a"}}
+    assert baseline.comparable(facts, facts | {"memory_kept": False}) is None, "older records do not say, and left it"
+    assert "freed memory kept False" in str(baseline.comparable(facts, facts | {"memory_kept": True}))
+
+
 def test_a_baseline_of_another_machine_is_refused(only, tmp_path: Path):
     only(a_case())
     (tmp_path / "cam.json").write_text(json.dumps(record([], "cam")))
