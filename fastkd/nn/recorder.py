@@ -16,7 +16,7 @@ class Recorder(TorchFunctionMode):
 
     After it: `feature` is the input of the last linear layer (or of the last 1x1 convolution on a 1x1 map), `map` the input of the
     last pooling to 1x1 before that, `head` weight and bias of that layer, `groups` the first input of a strided convolution or pooling
-    at each resolution, the image excepted, and the map. Without `stages` there are none, and they are not kept from being freed.
+    at each resolution, the image excepted, and the map. Without `stages` the map alone: the others are not kept from being freed.
     """
 
     def __init__(self, image: Tensor, *, stages: bool = True):

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastkd import models
 from fastkd.errors import InputError
 from fastkd.nn import ClassActivationMap, instrument
+from fastkd.nn.recorder import Recorder
 from tests import torchvision_stub
 
 
@@ -190,3 +192,14 @@ def test_equals_torchcam():
         features = nn.Sequential(*list(net.children())[:-2])(x)
         found = class_activation_map(features, net.fc.weight, torch.tensor(labels), relu=True, norm="minmax")
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_maps_of_the_stages_are_not_kept_alive():
+    net, x = models.build("resnet8", classes=10).eval(), torch.randn(2, 3, 16, 16)
+    kept = []
+    for stages in (True, False):
+        with torch.no_grad(), Recorder(x, stages=stages) as seen:
+            net(x)
+        kept.append(seen)
+    assert len(kept[0].groups) == 3 and len(kept[1].groups) == 1 and kept[1].groups[0] is kept[1].map
+    torch.testing.assert_close(kept[0].map, kept[1].map)
