@@ -30,7 +30,7 @@ WRONG, SLOWER, LOST = 1, 8, 9
 """Exit codes: an op is wrong or a bench broke; slower than the baseline; a kernel broke the GPU context, so nothing more was measured."""
 LEAST_SECONDS = 5
 """With less than this left of a budget, no further bench begins."""
-SHARES = {"bn_match": 52, "upsample": 34, "generator": 26, "engine": 40, "replay": 14, "cam": 22, "step": 12}
+SHARES = {"bn_match": 52, "upsample": 34, "generator": 26, "engine": 40, "replay": 24, "cam": 22, "step": 12}
 """How a budget is divided: a bench gets its share of what the earlier ones left over."""
 
 

@@ -105,17 +105,25 @@ TWINS = {
 """Ops that have a CUDA kernel and a Triton one: the bench and the cases that time both alone. A CUDA kernel stays for what it wins:
 called one by one (several ranks, drop-ins), where its launch from C++ counts, or replayed from a graph, where only its own time does
 (`captured` in the ops' registry says which of the two graphs take); one that wins neither goes."""
+RATIOS = (
+    ("BN matching, all layers, fwd+bwd", "eager", "bn_match", {"case": "BN layers *"}, 5, ("hooks",)),
+    ("BN matching, whole teacher", "compile", "bn_match", {"case": "teacher *"}, 1.2, ("compile*",)),
+    ("replay gather", "advanced indexing", "replay", GATHERS, 6, ("advanced indexing",)),
+    ("generator stage", "eager", "upsample", STAGES, 2, ("published",)),
+    ("generator stage", "compile", "upsample", STAGES, 1.5, ("compile(published)",)),
+)
+"""What is held to both ways on a GPU: called from Python, and replayed from a CUDA graph, as the engine's steps are."""
 GPU = (
-    Target("BN matching, all layers, fwd+bwd", "eager", "bn_match", {"case": "BN layers *"}, 5, ("hooks",), device="cuda"),
-    Target("BN matching, whole teacher", "compile", "bn_match", {"case": "teacher *"}, 1.2, ("compile*",), device="cuda"),
+    *(
+        Target(f"{row}, {how}", *rest, device="cuda", graph=how == "replayed")
+        for row, *rest in RATIOS
+        for how in ("called", "replayed")
+    ),
+    Target("sampling of 1 M", "torchrl's CUDA tree", "replay", SAMPLES, 10, ("torchrl*",), device="cuda"),
     *(
         Target(f"memory-bound: {op}", "a copy", bench, {"op": op, "case": case}, 0.85, device="cuda", graph=True)
         for op, (bench, case) in BANDWIDTH.items()
     ),
-    Target("replay gather", "advanced indexing", "replay", GATHERS, 6, ("advanced indexing",), device="cuda"),
-    Target("sampling of 1 M", "torchrl's CUDA tree", "replay", SAMPLES, 10, ("torchrl*",), device="cuda"),
-    Target("generator stage", "eager", "upsample", STAGES, 2, ("published",), device="cuda"),
-    Target("generator stage", "compile", "upsample", STAGES, 1.5, ("compile(published)",), device="cuda"),
     *(
         Target(
             f"CUDA kernel of {op}, {how}", "its Triton twin", bench, {"op": op, "case": case}, 1.1, ("ours: triton",), "ours: cuda",

@@ -1,7 +1,9 @@
 """Triton kernels of the doubled activation; interpreted on CPU tensors for the tests.
 
-A program takes a block of the small image's elements in memory order and writes each four times; backward reads four and writes one.
-Kernels load, cast to fp32, compute, cast on store. All address products are int64; grids use x only.
+A program takes a block of one plane of the small image in memory order (NCHW: a channel of an image; channels_last: an image) and
+writes each element four times; backward reads four and writes one. Places within a plane of less than 2^31 elements are 32 bits wide,
+and the sizes are constants of the program: dividing 64-bit numbers by unknown ones took longer than the memory. In NCHW both copies of
+a row leave in one wide store. Kernels load, cast to fp32, compute, cast on store. The address of a plane is int64; grids use x only.
 """
 
 from __future__ import annotations
@@ -17,33 +19,7 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _place(at, c, h, w, LAST: tl.constexpr):
-    """Channel of an element of the small image, the first of its four places in the large one, and the steps to the right and down."""
-    if LAST:
-        ch = at % c
-        pixel = at // c
-        top = ((pixel // w * 2) * (2 * w) + pixel % w * 2) * c + ch
-        right = c
-    else:
-        ch = at // (h * w) % c
-        top = at // w * 2 * (2 * w) + at % w * 2
-        right = 1
-    return ch, top, right, 2 * w * right
-
-
-@triton.jit
-def _fwd_kernel(
-    x_ptr, scale_ptr, bias_ptr, y_ptr, total, c, h, w,
-    TANH: tl.constexpr, HAS_S: tl.constexpr, HAS_B: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m = at < total
-    ch, top, right, down = _place(at, c, h, w, LAST)
-    v = tl.load(x_ptr + at, mask=m, other=0.0).to(tl.float32)
-    if HAS_S:
-        v *= tl.load(scale_ptr + ch, mask=m, other=0.0)
-    if HAS_B:
-        v += tl.load(bias_ptr + ch, mask=m, other=0.0)
+def _activated(v, TANH: tl.constexpr):
     if TANH:
         # Near 0 the sigmoid form cancels; there the series is exact to fp32.
         s = v * v
@@ -51,33 +27,89 @@ def _fwd_kernel(
         v = tl.where((v < 0.25) & (v > -0.25), near, 2.0 * tl.sigmoid(2.0 * v) - 1.0)
     else:
         v = tl.sigmoid(v)
-    out = v.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + top, out, mask=m)
-    tl.store(y_ptr + top + right, out, mask=m)
-    tl.store(y_ptr + top + down, out, mask=m)
-    tl.store(y_ptr + top + down + right, out, mask=m)
+    return v
+
+
+@triton.jit
+def _fwd_kernel(
+    x_ptr, scale_ptr, bias_ptr, y_ptr, blocks, channels,
+    TANH: tl.constexpr, HAS_S: tl.constexpr, HAS_B: tl.constexpr,
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    plane, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    if WIDE:
+        block = block.to(tl.int64)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    m = at < H * W * C
+    x_ptr += plane.to(tl.int64) * (H * W * C)
+    y_ptr += plane.to(tl.int64) * (4 * H * W * C)
+    v = tl.load(x_ptr + at, mask=m, other=0.0).to(tl.float32)
+    ch = at % C if C > 1 else plane % channels
+    if HAS_S:
+        v *= tl.load(scale_ptr + ch)
+    if HAS_B:
+        v += tl.load(bias_ptr + ch)
+    out = _activated(v, TANH).to(y_ptr.dtype.element_ty)
+    if C > 1:
+        top = at // (W * C) * (4 * W * C) + at // C % W * (2 * C) + ch
+        tl.store(y_ptr + top, out, mask=m)
+        tl.store(y_ptr + top + C, out, mask=m)
+        tl.store(y_ptr + top + 2 * W * C, out, mask=m)
+        tl.store(y_ptr + top + 2 * W * C + C, out, mask=m)
+    else:
+        wide = block * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
+        top = wide // (2 * W) * (4 * W) + wide % (2 * W)
+        pairs = tl.interleave(out, out)
+        tl.store(y_ptr + top, pairs, mask=wide < 2 * H * W)
+        tl.store(y_ptr + top + 2 * W, pairs, mask=wide < 2 * H * W)
 
 
 @triton.jit
 def _bwd_kernel(
-    gy_ptr, y_ptr, scale_ptr, dx_ptr, total, c, h, w,
-    TANH: tl.constexpr, HAS_S: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
+    gy_ptr, y_ptr, scale_ptr, dx_ptr, blocks, channels,
+    TANH: tl.constexpr, HAS_S: tl.constexpr,
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m = at < total
-    ch, top, right, down = _place(at, c, h, w, LAST)
-    g = tl.load(gy_ptr + top, mask=m, other=0.0).to(tl.float32)
-    g += tl.load(gy_ptr + top + right, mask=m, other=0.0).to(tl.float32)
-    g += tl.load(gy_ptr + top + down, mask=m, other=0.0).to(tl.float32)
-    g += tl.load(gy_ptr + top + down + right, mask=m, other=0.0).to(tl.float32)
-    v = tl.load(y_ptr + top, mask=m, other=0.0).to(tl.float32)
+    plane, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    if WIDE:
+        block = block.to(tl.int64)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    m = at < H * W * C
+    y_ptr += plane.to(tl.int64) * (4 * H * W * C)
+    gy_ptr += plane.to(tl.int64) * (4 * H * W * C)
+    ch = at % C if C > 1 else plane % channels
+    if C > 1:
+        top = at // (W * C) * (4 * W * C) + at // C % W * (2 * C) + ch
+        g = tl.load(gy_ptr + top, mask=m, other=0.0).to(tl.float32)
+        g += tl.load(gy_ptr + top + C, mask=m, other=0.0).to(tl.float32)
+        low = tl.load(gy_ptr + top + 2 * W * C, mask=m, other=0.0).to(tl.float32)
+        g += low + tl.load(gy_ptr + top + 2 * W * C + C, mask=m, other=0.0).to(tl.float32)
+        v = tl.load(y_ptr + top, mask=m, other=0.0).to(tl.float32)
+    else:
+        wide = block * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
+        top, inside = wide // (2 * W) * (4 * W) + wide % (2 * W), wide < 2 * H * W
+        left, right = tl.split(tl.reshape(tl.load(gy_ptr + top, mask=inside, other=0.0).to(tl.float32), [BLOCK, 2]))
+        below, last = tl.split(tl.reshape(tl.load(gy_ptr + top + 2 * W, mask=inside, other=0.0).to(tl.float32), [BLOCK, 2]))
+        g = left + right + (below + last)
+        v, _ = tl.split(tl.reshape(tl.load(y_ptr + top, mask=inside, other=0.0).to(tl.float32), [BLOCK, 2]))
     if TANH:
         g *= 1.0 - v * v
     else:
         g *= v * (1.0 - v)
     if HAS_S:
-        g *= tl.load(scale_ptr + ch, mask=m, other=0.0)
-    tl.store(dx_ptr + at, g.to(dx_ptr.dtype.element_ty), mask=m)
+        g *= tl.load(scale_ptr + ch)
+    tl.store(dx_ptr + plane.to(tl.int64) * (H * W * C) + at, g.to(dx_ptr.dtype.element_ty), mask=m)
+
+
+def _plan(small: Tensor, large: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    """The grid, and what the kernels are told of the sizes."""
+    n, c, h, w = small.shape
+    inner = c if channels_last(large) else 1
+    block = min(_BLOCK, triton.next_power_of_2(inner * h * w))
+    blocks = triton.cdiv(inner * h * w, block)
+    planes = n if inner > 1 else n * c
+    wide = 4 * inner * h * w + 2 * block >= 2**31
+    return (planes * blocks,), {"blocks": blocks, "channels": c, "C": inner, "H": h, "W": w, "BLOCK": block, "WIDE": wide}
 
 
 def fwd(x: Tensor, scale: Tensor | None, bias: Tensor | None, act: str) -> Tensor:
@@ -85,13 +117,10 @@ def fwd(x: Tensor, scale: Tensor | None, bias: Tensor | None, act: str) -> Tenso
     y, x = doubled(x), _native.dense(x)
     if x.numel() == 0:
         return y
-    _n, c, h, w = x.shape
     constants = [x if v is None else v.float().contiguous() for v in (scale, bias)]  # an unused one stands in
+    grid, sizes = _plan(x, y)
     with _native.on(x.device):
-        _fwd_kernel[(triton.cdiv(x.numel(), _BLOCK),)](
-            x, *constants, y, x.numel(), c, h, w,
-            TANH=act == "tanh", HAS_S=scale is not None, HAS_B=bias is not None, LAST=channels_last(y), BLOCK=_BLOCK,
-        )  # fmt: skip
+        _fwd_kernel[grid](x, *constants, y, TANH=act == "tanh", HAS_S=scale is not None, HAS_B=bias is not None, **sizes)
     return y
 
 
@@ -100,11 +129,9 @@ def bwd(gy: Tensor, y: Tensor, scale: Tensor | None, act: str) -> Tensor:
     dx, y = halved(y), _native.dense(y)
     if dx.numel() == 0:
         return dx
-    _n, c, h, w = dx.shape
     gy = _native.dense(gy.to(y.dtype), y)
+    factor = y if scale is None else scale.float().contiguous()
+    grid, sizes = _plan(dx, y)
     with _native.on(y.device):
-        _bwd_kernel[(triton.cdiv(dx.numel(), _BLOCK),)](
-            gy, y, y if scale is None else scale.float().contiguous(), dx, dx.numel(), c, h, w,
-            TANH=act == "tanh", HAS_S=scale is not None, LAST=channels_last(y), BLOCK=_BLOCK,
-        )  # fmt: skip
+        _bwd_kernel[grid](gy, y, factor, dx, TANH=act == "tanh", HAS_S=scale is not None, **sizes)
     return dx
