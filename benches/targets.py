@@ -97,10 +97,9 @@ BANDWIDTH = {
 }  # fmt: skip
 """Ops that memory limits, and the cases that fill a GPU."""
 TWINS = {
-    "bn_sums": ("bn_match", "*"), "frozen_bn_act_stats": ("bn_match", "single op*"), "bn_match_loss": ("bn_match", "*"),
-    "batch_norm_act": ("upsample", "BN + act alone"), "class_activation_map": ("cam", "ResNet*"), "replay_gather": ("replay", "*"),
-    "replay_sums": ("replay", "*"), "replay_sample": ("replay", "* alone"), "replay_update": ("replay", "* alone"),
-    "philox_uniform": ("replay", "*"),
+    "bn_sums": ("bn_match", "*"), "frozen_bn_act_stats": ("bn_match", "*"), "batch_norm_act": ("upsample", "BN + act alone"),
+    "class_activation_map": ("cam", "ResNet*"), "replay_gather": ("replay", "*"), "replay_sums": ("replay", "*"),
+    "replay_sample": ("replay", "* alone"), "replay_update": ("replay", "* alone"), "philox_uniform": ("replay", "*"),
 }  # fmt: skip
 """Ops that have a CUDA kernel and a Triton one: the bench and the cases that time both alone. A CUDA kernel stays for what it wins:
 called one by one (several ranks, drop-ins), where its launch from C++ counts, or replayed from a graph, where only its own time does

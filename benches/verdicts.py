@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from fastkd.ops._registry import OPS
+
 from .targets import MACHINE, Target
 
 Row = dict[str, Any]
@@ -117,14 +119,19 @@ def _case(target: Target, rows: list[Row], facts: dict[str, Any]) -> _Found:
 
 
 def _own(target: Target, rows: list[Row], facts: dict[str, Any]) -> Row | None:
-    """The row that is held to the target: the named provider, or the backend that the op chooses by itself."""
+    """The row that is held to the target: the named provider, or the backend that the op chooses by itself, called or in a graph."""
     if target.ours:
         return next((r for r in rows if fnmatchcase(r["provider"], target.ours)), None)
     ours = [r for r in rows if r.get("kind") == "ours" and r["provider"].startswith("ours")]
     chosen = {o["op"]: f"ours: {o['chosen']}" for o in facts.get("ops", ()) if o["device"] == facts.get("type", "cpu")}
+    timed = {r["provider"] for r in ours if "ms" in r}
+    for op in {str(r["op"]) for r in ours if target.graph} & set(OPS):
+        order = [f"ours: {b}" for b in OPS[op].captured.get(facts.get("type", "cpu"), ())]
+        if name := next((n for n in order if n in timed), None):
+            chosen[op] = name
     taken = [r for r in ours if r["provider"] == chosen.get(r.get("op", ""))]
-    timed = [r for r in taken or ours if "ms" in r]
-    return min(timed, key=lambda r: r["ms"]) if timed else next(iter(taken or ours), None)
+    quick = [r for r in taken or ours if "ms" in r]
+    return min(quick, key=lambda r: r["ms"]) if quick else next(iter(taken or ours), None)
 
 
 def table(targets: Iterable[Target], records: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]], list[Verdict]]:

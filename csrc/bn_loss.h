@@ -20,9 +20,4 @@ struct BnLossParams {
   void* out;               // forward: [], backward: [2, c]
 };
 
-#ifdef FASTKD_WITH_CUDA
-void bn_loss_fwd_cuda(const BnLossParams& p, void* stream);
-void bn_loss_bwd_cuda(const BnLossParams& p, void* stream);
-#endif
-
 }  // namespace fastkd

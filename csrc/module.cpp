@@ -97,28 +97,16 @@ BnLossParams bn_loss(uintptr_t stats, uintptr_t target, uintptr_t average, uintp
 }
 
 void bn_loss_fwd(uintptr_t stats, uintptr_t target, uintptr_t average, uintptr_t calls, uintptr_t offsets, uintptr_t terms,
-                 uintptr_t out, int64_t c, int64_t layers, int dtype, int kind, double momentum, double first, int threads, bool cuda,
-                 uintptr_t stream) {
-  const BnLossParams p = bn_loss(stats, target, average, calls, offsets, 0, terms, out, c, layers, dtype, kind, momentum, first);
-  if (!cuda) return chosen->bn_loss_fwd(p, threads);
-#ifdef FASTKD_WITH_CUDA
-  bn_loss_fwd_cuda(p, reinterpret_cast<void*>(stream));
-#else
-  (void)stream, no_cuda();
-#endif
+                 uintptr_t out, int64_t c, int64_t layers, int dtype, int kind, double momentum, double first, int threads, bool cuda, uintptr_t) {
+  if (cuda) no_cuda();
+  chosen->bn_loss_fwd(bn_loss(stats, target, average, calls, offsets, 0, terms, out, c, layers, dtype, kind, momentum, first), threads);
 }
 
 void bn_loss_bwd(uintptr_t stats, uintptr_t target, uintptr_t average, uintptr_t calls, uintptr_t offsets, uintptr_t grad,
-                 uintptr_t out, int64_t c, int64_t layers, int dtype, int kind, double momentum, double first, int threads, bool cuda,
-                 uintptr_t stream) {
+                 uintptr_t out, int64_t c, int64_t layers, int dtype, int kind, double momentum, double first, int threads, bool cuda, uintptr_t) {
+  if (cuda) no_cuda();
   if (c * layers == 0) return;
-  const BnLossParams p = bn_loss(stats, target, average, calls, offsets, grad, 0, out, c, layers, dtype, kind, momentum, first);
-  if (!cuda) return chosen->bn_loss_bwd(p, threads);
-#ifdef FASTKD_WITH_CUDA
-  bn_loss_bwd_cuda(p, reinterpret_cast<void*>(stream));
-#else
-  (void)stream, no_cuda();
-#endif
+  chosen->bn_loss_bwd(bn_loss(stats, target, average, calls, offsets, grad, 0, out, c, layers, dtype, kind, momentum, first), threads);
 }
 
 CamSizes cam_sizes(const std::vector<int64_t>& v, int dtype, int weight_dtype, int layout) {
@@ -165,14 +153,14 @@ void replay_gather(uintptr_t images, uintptr_t index, uintptr_t dy, uintptr_t dx
   const auto n = [&](size_t i) { return sizes.at(i); };  // batch, stored, height, width, channels, stride, out_height, out_width, pad
   if (n(0) * n(2) * n(3) * n(4) * n(6) * n(7) == 0) return;
   const size_t o = width(out_dtype), a = out_dtype == kFloat64 ? 8 : 4;
-  const bool bytes = in_dtype == kUInt8, table = bytes && !blended;
+  const bool bytes = in_dtype == kUInt8, table = bytes && !blended && !cuda, normal = !table && !cuda;
   const auto whole = [](const char* name, uintptr_t address, bool needed = false) {
     return static_cast<const int64_t*>(at(name, address, 8, needed));
   };
   const GatherParams p{n(0), n(1), n(2), n(3), n(4), n(5), n(6), n(7), n(8), in_dtype, out_dtype, blended, last,
                        at("images", images, width(in_dtype)), whole("index", index, true), whole("dy", dy), whole("dx", dx),
                        static_cast<const uint8_t*>(at("flip", flip, 1, false)), at("lut", lut, table ? o : a, bytes),
-                       at("mean", mean, a, !table), at("std", std_, a, !table), whole("y", y, blended), whole("x", x, y != 0),
+                       at("mean", mean, a, normal), at("std", std_, a, normal), whole("y", y, blended), whole("x", x, y != 0),
                        at("wy", wy, a, blended), at("wx", wx, a, blended), at("out", out, o)};
   if (!cuda) return chosen->replay_gather(p, threads);
 #ifdef FASTKD_WITH_CUDA

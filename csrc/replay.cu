@@ -32,6 +32,12 @@ template <int kC, bool kLast, int V> __device__ Line line_of(const GatherParams&
   return made;
 }
 
+// (v - mean) / std, each step rounded, as the definition does it; v itself where both are null.
+template <class A> __device__ A normalised(const GatherParams& p, A v, int c) {
+  if (p.mean) v = v - static_cast<const A*>(p.mean)[c];
+  return p.std ? v / static_cast<const A*>(p.std)[c] : v;
+}
+
 // Lanes that look bytes up meet in the banks of shared memory: for results of two bytes that takes about as long as device memory does.
 // An arithmetic without division mostly gives all entries of the table, and then takes its place.
 template <class Out> __device__ Out shade(int byte, float mean, float rate) {
@@ -56,7 +62,8 @@ __global__ void __launch_bounds__(kThreads, kPerSM) replay_bytes_kernel(const Ga
   static_assert(kThreads == 256, "a thread is a byte");
   const int own = threadIdx.x;
   const bool known = sizeof(Out) == 2 && p.mean && p.std;
-  for (int c = 0; c < kC; ++c) lut[c * 256 + own] = static_cast<const Out*>(p.lut)[c * 256 + own];
+  const auto byte = static_cast<const typename Acc<Out>::type*>(p.lut)[own];
+  for (int c = 0; c < kC; ++c) store(lut[c * 256 + own], normalised(p, byte, c));
   if (own < kC) {
     mean[own] = known ? static_cast<const float*>(p.mean)[own] : 0;
     rate[own] = known ? 1 / static_cast<const float*>(p.std)[own] : 0;
@@ -149,15 +156,15 @@ template <class In, class Out> __global__ void replay_gather_kernel(const Gather
       const int q = (flip ? last - x : x) + right;
       if (!p.blended) {
         const In v = r0 && q >= 0 && q <= last ? r0[int64_t(q) * channels + c] : In(0.0f);
-        if constexpr (G::kBytes) out[t] = static_cast<const Out*>(p.lut)[c * 256 + v];
-        else store(out[t], (A(load(v)) - static_cast<const A*>(p.mean)[c]) / static_cast<const A*>(p.std)[c]);
+        if constexpr (G::kBytes) store(out[t], normalised(p, static_cast<const A*>(p.lut)[v], c));
+        else store(out[t], normalised(p, A(load(v)), c));
         continue;
       }
       const int next = min(x + 1, last), n = (flip ? last - next : next) + right;
       const A wy = static_cast<const A*>(p.wy)[i], wx = static_cast<const A*>(p.wx)[j];
       const A a = G::value(p, r0, q, c), d = G::value(p, r0, n, c);
       const A left = a + (G::value(p, r1, q, c) - a) * wy, far = d + (G::value(p, r1, n, c) - d) * wy;
-      store(out[t], (left + (far - left) * wx - static_cast<const A*>(p.mean)[c]) / static_cast<const A*>(p.std)[c]);
+      store(out[t], normalised(p, left + (far - left) * wx, c));
     }
   }
 }

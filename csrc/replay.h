@@ -14,9 +14,9 @@ struct GatherParams {
   const int64_t* dx;     // [batch] or null
   const uint8_t* flip;   // [batch] or null
   // Small values are float, double for a double output.
-  const void* lut;       // bytes: [channels, 256] in out_dtype, what each byte becomes; blended: [256], its float; else null
-  const void* mean;      // [channels]; with a lut that is the result: how it was made, or null
-  const void* std;
+  const void* lut;       // bytes: [256], the float of each; CPU, not blended: [channels, 256] in out_dtype, its result; else null
+  const void* mean;      // [channels]; GPU: or null, nothing is taken off. Not read where the lut has results
+  const void* std;       // [channels]; GPU: or null, nothing is divided by
   const int64_t* y;      // [out_height] rows to sample, or null: nothing is resized
   const int64_t* x;      // [out_width]
   const void* wy;        // [out_height] weight of the next row (the last one is its own next)

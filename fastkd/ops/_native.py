@@ -96,13 +96,19 @@ def _addr(t: Tensor | None, device: torch.device) -> int:
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    """Makes `device` the current one of its kind. Mostly it is: then a call is spared what looking that up in full costs."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(device)
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 def _where(x: Tensor) -> tuple[int, bool, int]:
     """threads, on a GPU or not, stream handle."""
     if x.is_cuda:
-        return 1, True, torch.cuda.current_stream(x.device).cuda_stream
+        return 1, True, torch._C._cuda_getCurrentRawStream(x.device.index)  # as Triton asks: no Stream object
     return (torch.get_num_threads() if x.numel() >= _ALONE else 1), False, 0
 
 

@@ -38,23 +38,24 @@ class Op:
 
 
 _NATIVE = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+_ONE_EACH = {"cpu": ("cpp",), "cuda": ("triton",)}
 _NO_DOUBLE = tuple(d for d in _FLOATS if d != "float64")
 _EVERYWHERE = Op(_NATIVE, {"cpp": _FLOATS, "cuda": _FLOATS, "triton": _NO_DOUBLE})
 _BY_DEVICE_TIME: dict[str, tuple[str, ...]] = {"cuda": ("triton", "cuda")}  # measured: docs/performance.md
 _FROZEN = replace(_EVERYWHERE, captured=_BY_DEVICE_TIME)
 _SUMS = ("float32", "float64")
-_TREE = Op(_NATIVE, dict.fromkeys(("cpp", "cuda", "triton"), _SUMS))
+_TREE = Op(_NATIVE, dict.fromkeys(("cpp", "cuda", "triton"), _SUMS), _BY_DEVICE_TIME)
 _STORES = ("uint8", "float32", "float16")
-_DOUBLED = Op({"cpu": ("cpp",), "cuda": ("triton",)}, {"cpp": _FLOATS, "triton": _NO_DOUBLE})
+_DOUBLED = Op(_ONE_EACH, {"cpp": _FLOATS, "triton": _NO_DOUBLE})
 _FOLD = Op({"cpu": ("fold",), "cuda": ("fold",)})  # an identity in stock torch, on every device
 OPS: dict[str, Op] = {
     "bn_sums": _FROZEN,
     "frozen_bn_act_stats": _FROZEN,
-    "bn_match_loss": Op(_NATIVE, {"cpp": _SUMS, "cuda": _SUMS, "triton": ("float32",)}, _BY_DEVICE_TIME),
+    "bn_match_loss": Op(_ONE_EACH, {"cpp": _SUMS, "triton": ("float32",)}),
     "batch_norm_act": _EVERYWHERE,
     "class_activation_map": _EVERYWHERE,
     "replay_gather": Op(_NATIVE, dict.fromkeys(("cpp", "cuda", "triton"), _STORES)),
-    "philox_uniform": Op(_NATIVE),
+    "philox_uniform": Op(_NATIVE, captured=_BY_DEVICE_TIME),
     "replay_sums": _TREE,
     "replay_sample": _TREE,
     "replay_update": _TREE,

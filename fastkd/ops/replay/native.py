@@ -8,6 +8,11 @@ from .. import _native
 from .values import Values
 
 
+def looks_up(images: Tensor) -> bool:
+    """Whether results of bytes come from a table of them (`values.Values`)."""
+    return images.device.type == "cpu"
+
+
 def replay_gather(
     images: Tensor,
     index: Tensor,

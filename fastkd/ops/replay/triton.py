@@ -29,12 +29,15 @@ def _read(image_ptr, lut_ptr, r, q, c, m, height, width, channels, BYTES: tl.con
 def _gather_kernel(
     images_ptr, index_ptr, dy_ptr, dx_ptr, flip_ptr, lut_ptr, mean_ptr, std_ptr, y_ptr, x_ptr, wy_ptr, wx_ptr, out_ptr,
     stored, height, width, channels, stride, out_height, out_width, pad, blocks,
-    HAS_DY: tl.constexpr, HAS_DX: tl.constexpr, HAS_FLIP: tl.constexpr, RESIZED: tl.constexpr, BLENDED: tl.constexpr, BYTES: tl.constexpr,
-    LAST: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_DY: tl.constexpr, HAS_DX: tl.constexpr, HAS_FLIP: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr,
+    RESIZED: tl.constexpr, BLENDED: tl.constexpr, BYTES: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, LONG: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    b = program // blocks
-    e = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    b = tl.program_id(0).to(tl.int64) // blocks
+    block = tl.program_id(0) % blocks
+    if LONG:  # an image has 2^31 elements
+        block = block.to(tl.int64)
+    e = block * BLOCK + tl.arange(0, BLOCK)
     elements = (b * 0 + out_height) * out_width * channels  # in 64 bits, also where Triton makes a constant of a size of 1
     m = e < elements
     if LAST:
@@ -66,10 +69,21 @@ def _gather_kernel(
         far = d + (_read(image_ptr, lut_ptr, next_y + down, n, c, m, height, width, channels, BYTES, WIDE) - d) * wy
         v = left + (far - left) * wx
     else:
-        v = _read(image_ptr, lut_ptr + c * 256, y + down, q, c, m, height, width, channels, BYTES, WIDE)
-    if BLENDED or not BYTES:
-        v = (v - tl.load(mean_ptr + c, mask=m, other=0.0)) / tl.load(std_ptr + c, mask=m, other=1.0)
+        v = _read(image_ptr, lut_ptr, y + down, q, c, m, height, width, channels, BYTES, WIDE)
+    if HAS_MEAN:
+        v -= tl.load(mean_ptr + c, mask=m, other=0.0)
+    if HAS_STD:
+        std = tl.load(std_ptr + c, mask=m, other=1.0)
+        if WIDE == tl.float64:  # noqa: SIM300
+            v = v / std
+        else:
+            v = tl.div_rn(v, std)  # rounded as the definition rounds
     tl.store(out_ptr + b * elements + e, v.to(out_ptr.dtype.element_ty), mask=m)
+
+
+def looks_up(images: Tensor) -> bool:
+    """Whether results of bytes come from a table of them (`values.Values`)."""
+    return False
 
 
 def replay_gather(
@@ -92,12 +106,13 @@ def replay_gather(
     dy, dx, flip = (None if v is None else v.contiguous() for v in draws)
     tables = (values.lut, values.mean, values.std, values.y, values.x, values.wy, values.wx)
     tensors = [index if v is None else v for v in (dy, dx, None if flip is None else flip.view(torch.uint8), *tables)]  # stand-ins
-    block = 1024
-    blocks = triton.cdiv(out[0].numel(), block)
+    elements, block = out[0].numel(), 1024
+    blocks = triton.cdiv(elements, block)
     with _native.on(images.device):
         _gather_kernel[(blocks * len(index),)](
             images, index, *tensors, out, stored, height, width, channels, images.stride(0), *out.shape[2:], pad, blocks,
-            HAS_DY=dy is not None, HAS_DX=dx is not None, HAS_FLIP=flip is not None, RESIZED=values.y is not None,
-            BLENDED=values.blended, BYTES=values.lut is not None, LAST=channels_last,
-            WIDE=tl.float64 if values.wide == torch.float64 else tl.float32, BLOCK=block,
+            HAS_DY=dy is not None, HAS_DX=dx is not None, HAS_FLIP=flip is not None, HAS_MEAN=values.mean is not None,
+            HAS_STD=values.std is not None, RESIZED=values.y is not None, BLENDED=values.blended, BYTES=values.lut is not None,
+            LAST=channels_last, WIDE=tl.float64 if values.wide == torch.float64 else tl.float32, LONG=elements + block >= 2**31,
+            BLOCK=block,
         )  # fmt: skip

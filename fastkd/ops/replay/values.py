@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -14,20 +15,22 @@ from .reference import shades, taps, tiny
 class Values:
     """Small tables on the device of the store.
 
-    A byte that is not blended with others goes through `lut` [C, 256], in the result's type: the bits are the definition's. Other
-    values are blended and normalised in the kernel, in `wide`; bytes become floats by `lut` [256] there.
+    Bytes become numbers by a table, so that the bits are the definition's. On a CPU, what is not blended with others is looked up whole;
+    everything else is blended and normalised in the kernel, in `wide`: on a GPU a table that each call made would be several launches,
+    longer than the gather of a small batch.
 
     Attributes:
       blended: the result is resized bilinearly.
-      lut: see above, or None for a floating store. mean, std: [C] wide.
+      lut: [256] wide, a byte as a float; whole: [C, 256] in the result's type, its result. None for a floating store.
+      mean, std: [C] wide; None, but where whole, if nothing is taken off, or divided by.
       y, wy, x, wx: [out] int64 lower sample and wide weight of the next one, of rows and columns; None where nothing is resized.
     """
 
     blended: bool
     wide: torch.dtype
     lut: Tensor | None
-    mean: Tensor
-    std: Tensor
+    mean: Tensor | None
+    std: Tensor | None
     y: Tensor | None = None
     wy: Tensor | None = None
     x: Tensor | None = None
@@ -35,16 +38,32 @@ class Values:
 
 
 def values(
-    images: Tensor, mean: Tensor | None, std: Tensor | None, size: list[int] | None, mode: str, dtype: torch.dtype
+    images: Tensor, mean: Tensor | None, std: Tensor | None, size: list[int] | None, mode: str, dtype: torch.dtype, whole: bool
 ) -> Values:
-    """The tables of one call."""
+    """The tables of one call. `whole`: the kernel is given all there can be, results of bytes among it."""
     wide = torch.promote_types(dtype, torch.float32)
     blended, bytes_ = size is not None and mode == "bilinear", images.dtype == torch.uint8
     axes: list[Tensor] = []
     for stored, out in zip(images.shape[1:3], size or (), strict=False):
         axes += taps(stored, out, mode, wide, images.device)
-    own = tuple(tiny(v, wide, fill, images).contiguous() for v, fill in ((mean, 0.0), (std, 1.0)))
-    if bytes_ and not blended:
+    own = [None if v is None else v.to(wide).contiguous() for v in (mean, std)]
+    if whole:
+        own = [tiny(v, wide, fill, images) for v, fill in zip(own, (0.0, 1.0), strict=True)]
+    if whole and bytes_ and not blended:
         return Values(blended, wide, shades(images, mean, std, dtype), *own, *axes)
-    lut = torch.arange(256, dtype=wide, device=images.device) / 255 if bytes_ else None
-    return Values(blended, wide, lut, *own, *axes)
+    return Values(blended, wide, floats(images.device, wide) if bytes_ else None, *own, *axes)
+
+
+def floats(device: torch.device, wide: torch.dtype) -> Tensor:
+    """[256]: each byte divided by 255. Made once a device, but not while a CUDA graph is captured, whose memory it would be."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _floats.__wrapped__(device, wide)
+    return _floats(device, wide)
+
+
+@functools.cache
+def _floats(device: torch.device, wide: torch.dtype) -> Tensor:
+    made = torch.arange(256, dtype=wide, device=device) / 255
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # other streams may read it next
+    return made

@@ -26,8 +26,16 @@ def _fold(w: Tensor, dim: int) -> Tensor:
     return torch.stack([c, b + c, a + b, a], dim)
 
 
+def _pooled(weight: Tensor) -> bool:
+    """Whether sums of neighbouring taps are a pooling: on a GPU one kernel in place of some ten, whose launches took longer than the
+    convolution of a small map. A compiler makes one kernel of the sums itself."""
+    return weight.device.type != "cpu" and not torch.compiler.is_compiling()
+
+
 def fold_kernel(weight: Tensor) -> Tensor:
     """[Cout, Cin, 3, 3] → [Cin, Cout, 4, 4]; the sums run in at least fp32 and are rounded once."""
+    if _pooled(weight):
+        return F.avg_pool2d(weight, 2, 1, 1, divisor_override=1).flip(2, 3).transpose(0, 1)
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     return _fold(_fold(wide, 2), 3).transpose(0, 1).to(weight.dtype)
 
@@ -56,6 +64,8 @@ def _fold_seven(w: Tensor, dim: int) -> Tensor:
 
 def fold_stem(weight: Tensor) -> Tensor:
     """[Cout, Cin, 7, 7] → [Cout, Cin, 4, 4]: see the public function."""
+    if _pooled(weight):
+        return F.avg_pool2d(weight, 2, 2, 1, divisor_override=1)
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     return _fold_seven(_fold_seven(wide, 2), 3).to(weight.dtype)
 

@@ -19,11 +19,13 @@ for architecture, leaf, store, wide, out in ((80, "*fp32", "*u8", "fp32", "*bf16
     for how in range(3):
         job(tree._settle_kernel, None, architecture, types, HOW=how, ROWS=16, BLOCK_N=128)
     for resized, blended in ((False, False), (True, False), (True, True)):
-        lut = ("*fp32" if blended else out) if store == "*u8" else "*i64"
         floats = dict.fromkeys(("mean_ptr", "std_ptr", "wy_ptr", "wx_ptr"), "*" + wide)
-        types = {**long, **floats, "images_ptr": store, "flip_ptr": "*u8", "lut_ptr": lut, "out_ptr": out}
+        types = {**long, **floats, "images_ptr": store, "flip_ptr": "*u8", "out_ptr": out}
+        types["lut_ptr"] = "*" + wide if store == "*u8" else "*i64"
         # a size of 1 is a constant for Triton
         one = {"out_height": 1} if blended else {}
-        job(gather._gather_kernel, None, architecture, types, HAS_DY=resized, HAS_DX=resized, HAS_FLIP=resized, RESIZED=resized,
-              BLENDED=blended, BYTES=store == "*u8", LAST=blended, WIDE=getattr(tl, "float" + wide[2:]), BLOCK=1024, **one)
+        flags = dict.fromkeys(("HAS_DY", "HAS_DX", "HAS_FLIP", "RESIZED"), resized)
+        flags |= dict.fromkeys(("HAS_MEAN", "HAS_STD", "LONG", "BLENDED", "LAST"), blended)
+        job(gather._gather_kernel, None, architecture, types, **flags, **one, BYTES=store == "*u8",
+              WIDE=getattr(tl, "float" + wide[2:]), BLOCK=1024)
 print("compiled")
