@@ -101,9 +101,12 @@ def notes(folder: Path) -> str:
 
 
 def section(name: str, own: Records, said: str = "") -> str:
-    """All tables of one device."""
-    head, lines, _ = verdicts.table(targets.of(device_type(own)), own)
-    parts = [f"## {name}\n", *machine(own), said, "\n### Targets\n", table(head, lines)]
+    """All tables of one device. Targets of benches without a record are named in a line."""
+    wanted = targets.of(device_type(own))
+    head, lines, _ = verdicts.table([t for t in wanted if t.bench in own], own)
+    absent = [bench for bench in BENCHES if bench not in own and any(t.bench == bench for t in wanted)]
+    left = [f"\nNo record here: {', '.join(absent)}.\n"] if absent else []
+    parts = [f"## {name}\n", *machine(own), said, "\n### Targets\n", table(head, lines), *left]
     if "generator" in own:
         parts += ["\n### A generator step, rung by rung\n", *ladder(own["generator"])]
     for bench, record in own.items():
@@ -190,7 +193,7 @@ def cases(rows: Sequence[Row]) -> Iterator[list[str]]:
     """One line a case and thread count."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for r in rows:
-        if "provider" in r:
+        if "kind" in r:  # the row of what had no time has none
             groups.setdefault((*(r.get(k) for k in LABELS), r.get("threads")), []).append(r)
     for key, own in groups.items():
         mine = fastest(r for r in own if r["kind"] == "ours" and not r["provider"].startswith("definition"))

@@ -104,8 +104,8 @@ def _case(target: Target, rows: list[Row], facts: dict[str, Any]) -> _Found:
     if not timed:
         why = next((r.get("reason") or r.get("check") for r in named), None)
         return _Found("not run", reason=str(why or f"no row '{target.rivals[0]}'"), ms=own["ms"])
-    in_graphs = target.graph and all("graph_ms" in r for r in (own, *timed))
-    ms = "graph_ms" if in_graphs else "ms"
+    replayed = [r for r in timed if "graph_ms" in r] if target.graph and "graph_ms" in own else []
+    timed, ms = (replayed, "graph_ms") if replayed else (timed, "ms")
     rival = min(timed, key=lambda r: r[ms])
     theirs = rival[ms]
     if target.less:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from fastkd import ops
 from fastkd.errors import ConfigError
+from fastkd.ops.upsample import reference
 from fastkd.ops.upsample.reference import (
     fold_kernel,
     upsample_conv2d_fold,
@@ -17,6 +18,9 @@ from fastkd.ops.upsample.reference import (
 )
 
 from .compare import close, layouts
+
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
 
 
 def _truth(x, w, b):
@@ -52,6 +56,25 @@ def test_fold_is_not_the_unflipped_kernel():
     w = torch.arange(9.0).view(1, 1, 3, 3)
     k = fold_kernel(w)[0, 0]
     assert k[0, 0] == w[0, 0, 2, 2] and k[3, 3] == w[0, 0, 0, 0] and k[1, 1] == w[0, 0, 1:, 1:].sum() and k.sum() == 4 * w.sum()
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])],
+)
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(("fold", "size"), [(fold_kernel, 3), (ops.fold_stem, 7)], ids=["kernel", "stem"])
+def test_a_fold_is_a_pooling(monkeypatch, device, memory, fold, size):
+    seed, found = None, []
+    for pooled in (False, True):
+        monkeypatch.setattr(reference, "_pooled", lambda weight, pooled=pooled: pooled)
+        weight = torch.randn(5, 6, size, size, generator=torch.Generator().manual_seed(1)).to(device)
+        weight = weight.contiguous(memory_format=memory).requires_grad_()
+        folded = fold(weight)
+        seed = torch.randn(folded.shape, device=device) if seed is None else seed
+        found.append((folded, *torch.autograd.grad(folded, weight, seed)))
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_gradients_of_gradients():

@@ -15,11 +15,11 @@ _ACT = {"none": 0, "relu": 1, "relu6": 2, "leaky_relu": 3}
 _KIND = {"l2": 0, "gauss_kl": 1}
 
 
-def pieces(n: int, c: int, hw: int, layout: int, gpu: bool, plane: int = 4096, blocks: int = 512) -> tuple[int, int]:
+def pieces(n: int, c: int, hw: int, layout: int, gpu: bool, plane: int = 4096) -> tuple[int, int]:
     """How a sum over [n, c, hw] is cut: (number of pieces, images or rows a piece). Shape decides, never the thread count.
 
     Args:
-      gpu: for kernels of a GPU. plane: elements of a channel in a piece of NCHW, about. blocks: in NHWC on a GPU, of a large tensor.
+      gpu: for kernels of a GPU. plane: elements of a channel in a piece of NCHW, about.
     """
     if n * c * hw == 0:
         return 0, 1
@@ -28,7 +28,7 @@ def pieces(n: int, c: int, hw: int, layout: int, gpu: bool, plane: int = 4096, b
         return -(-n // per), per
     rows = n * hw
     if gpu:
-        per = max(256, -(-rows // max(blocks // -(-c // 64), 1)))  # a block takes 64 channels
+        per = max(256, -(-rows // max(512 // -(-c // 64), 1)))  # a block takes 64 channels; some 512 blocks
     else:
         per = max(256, min(65536 // c, rows // 64))  # of a quarter megabyte, where that leaves enough of them
     return -(-rows // per), per

@@ -18,11 +18,10 @@ from .. import _native
 from .native import layer_offsets, pieces
 
 _ACT = {"none": 0, "relu": 1, "relu6": 2, "leaky_relu": 3}
-_FWD_LAST = {"tile": 2048, "warps": 4, "blocks": 512}
-_FWD_PLANES = {"tile": 2048, "warps": 4, "plane": 4096}
-_BWD_LAST = {"tile": 2048, "warps": 4}
-_BWD_PLANES = {"tile": 2048, "warps": 4}
-"""Elements of a tile and warps of a program, and how forward is cut into pieces (`native.pieces`)."""
+_TILE, _SUMS_TILE = 2048, 4096
+"""Elements of a tile. Swept on an H200: where nothing is written, programs of channels_last tensors take twice as many at once."""
+_LARGE, _PLANE, _LARGE_PLANE = 1 << 24, 4096, 12544
+"""In NCHW a program sums so many elements of a channel, about; in a tensor of _LARGE elements, which fills a GPU anyway, more of them."""
 
 
 @triton.jit
@@ -171,10 +170,10 @@ def _view(x: Tensor) -> tuple[int, int, int, bool]:
     return n, c, hw, hw == 1 or not x.is_contiguous()
 
 
-def _tile(cols: int, most: int, size: dict[str, int]) -> dict[str, int]:
-    """Rows and columns of a tile of a matrix with `cols` columns, at most `most` of them together, and the warps of its program."""
+def _tile(cols: int, most: int, size: int = _TILE) -> dict[str, int]:
+    """Rows and columns of a tile of a matrix with `cols` columns, at most `most` of them together."""
     width = min(most, triton.next_power_of_2(cols))
-    return {"ROWS": size["tile"] // width, "COLS": width, "num_warps": size["warps"]}
+    return {"ROWS": size // width, "COLS": width}
 
 
 def bn_fwd(
@@ -189,17 +188,17 @@ def bn_fwd(
     shift = shift.float().contiguous()
     scale, bias = (v.float().contiguous() for v in frozen) if frozen else (shift, shift)
     residual = None if residual is None else _native.dense(residual, x)
-    groups, per = pieces(n, c, hw, int(last), True, _FWD_PLANES["plane"], _FWD_LAST["blocks"])
+    groups, per = pieces(n, c, hw, int(last), True, _LARGE_PLANE if x.numel() >= _LARGE else _PLANE)
     partial = torch.empty((groups, 2, c), dtype=torch.float32, device=x.device)
     sums = torch.empty((2, c), dtype=torch.float32, device=x.device)
     tensors = (x, x if residual is None else residual, scale, bias, shift, x if y is None else y, partial)  # unused ones stand in
     flags = {"ACT": _ACT[act], "HAS_Y": y is not None, "HAS_R": residual is not None}
     with _native.on(x.device):
         if last:
-            tile = _tile(c, 64, _FWD_LAST)
+            tile = _tile(c, 64, _TILE if y is not None else _SUMS_TILE)
             _bn_fwd_nhwc_kernel[(groups * triton.cdiv(c, tile["COLS"]),)](*tensors, n * hw, c, per, slope, **tile, **flags)
         else:
-            _bn_fwd_nchw_kernel[(groups * c,)](*tensors, n, c, hw, per, slope, **_tile(hw, 1024, _FWD_PLANES), **flags)
+            _bn_fwd_nchw_kernel[(groups * c,)](*tensors, n, c, hw, per, slope, **_tile(hw, 1024), **flags)
         rows = min(256, triton.next_power_of_2(groups))
         cols = max(8, min(64, 2048 // rows))
         _bn_finish_kernel[(triton.cdiv(2 * c, cols),)](partial, sums, groups, 2 * c, ROWS=rows, COLS=cols)
@@ -231,7 +230,7 @@ def bn_bwd(
     scale, bias = (v.float().contiguous() for v in frozen) if frozen else (shift, shift)
     gy = None if gy is None else _native.dense(gy.to(x.dtype), x)
     residual = None if residual is None else _native.dense(residual, x)
-    tile = _tile(cols, 64, _BWD_LAST) if last else _tile(cols, 1024, _BWD_PLANES)
+    tile = _tile(cols, 64 if last else 1024)
     grid = (triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(cols, tile["COLS"]),)
     with _native.on(x.device):
         _bn_bwd_kernel[grid](

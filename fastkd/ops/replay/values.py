@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -54,16 +53,16 @@ def values(
     return Values(blended, wide, floats(images.device, wide) if bytes_ else None, *own, *axes)
 
 
+_FLOATS: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
 def floats(device: torch.device, wide: torch.dtype) -> Tensor:
     """[256]: each byte divided by 255. Made once a device, but not while a CUDA graph is captured, whose memory it would be."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _floats.__wrapped__(device, wide)
-    return _floats(device, wide)
-
-
-@functools.cache
-def _floats(device: torch.device, wide: torch.dtype) -> Tensor:
+    if (device, wide) in _FLOATS:
+        return _FLOATS[device, wide]
     made = torch.arange(256, dtype=wide, device=device) / 255
     if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return made
         torch.cuda.current_stream(device).synchronize()  # other streams may read it next
-    return made
+    return _FLOATS.setdefault((device, wide), made)

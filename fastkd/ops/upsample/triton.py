@@ -16,7 +16,7 @@ from .. import _native
 from .native import channels_last, doubled, halved
 
 _PLANE = {"BLOCK": 1024, "TIMES": 1, "num_warps": 4}
-_IMAGE = {"BLOCK": 128, "TIMES": 8, "num_warps": 4}
+_IMAGE = {"BLOCK": 128, "TIMES": 4, "num_warps": 4}
 """How much a program takes of a plane in NCHW, and of an image in channels_last: there a block is an element a thread, since
 neighbouring threads must write neighbouring pixels, and a program takes several."""
 
