@@ -38,7 +38,7 @@ class Op:
 
 
 _NATIVE = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
-_ONE_EACH = {"cpu": ("cpp",), "cuda": ("triton",)}
+_ONE_EACH: dict[str, tuple[str, ...]] = {"cpu": ("cpp",), "cuda": ("triton",)}
 _NO_DOUBLE = tuple(d for d in _FLOATS if d != "float64")
 _EVERYWHERE = Op(_NATIVE, {"cpp": _FLOATS, "cuda": _FLOATS, "triton": _NO_DOUBLE})
 _BY_DEVICE_TIME: dict[str, tuple[str, ...]] = {"cuda": ("triton", "cuda")}  # measured: docs/performance.md

@@ -19,7 +19,6 @@ from fastkd.ops.upsample.reference import (
 
 from .compare import close, layouts
 
-
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
 
 
