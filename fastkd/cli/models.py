@@ -42,6 +42,8 @@ def command(spec: str | None, save: Path | None, as_json: bool, **options: Any) 
         raise ConfigError("--save needs weights to write; expected --model-weights FILE.")
     if save and save.suffix != ".safetensors":
         raise ConfigError(f"--save '{save}' would be safetensors under another name; expected a name that ends in .safetensors.")
+    if save and save.exists():
+        raise ConfigError(f"--save '{save}' exists and is not overwritten; expected a name that is not taken.")
     network = checked(TeacherConfig, table(KEYS, {"spec": spec, **options}), "options")
     described = filled(network, save) if network.weights else fresh(network)
     if as_json:

@@ -49,6 +49,9 @@ def test_converts_once_and_then_needs_no_option(cli, tmp_path: Path) -> None:
     assert described["mean"] == pytest.approx([0.4]) and described["std"] == pytest.approx([0.3])
     state = models.load_weights(tmp_path / "a.safetensors").state
     assert all(torch.equal(state[k], v) for k, v in net.state_dict().items())
+    before = (tmp_path / "a.safetensors").read_bytes()
+    twice = cli("models", "resnet8", "--teacher-weights", tmp_path / "a.pth", *CONSTANTS, "--save", tmp_path / "a.safetensors")
+    assert twice.exit_code == 2 and "not overwritten" in one_sentence(twice.stderr) and (tmp_path / "a.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize(
