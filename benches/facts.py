@@ -46,8 +46,18 @@ def facts(plan: Plan) -> dict[str, Any]:
         "settings": {"quick": plan.quick, "swap": plan.swap, "compile": plan.compile, "graphs": plan.graphs and plan.cuda},
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "compiled": ops.build_info(),
-        "ops": [{"op": op, "device": device, "chosen": chosen, "backends": why} for op, device, chosen, why in ops.table()],
+        "ops": chosen(),
     }
+
+
+def chosen() -> list[dict[str, Any]]:
+    """Which backend each op takes by itself, called and while a CUDA graph is captured, and why not another one."""
+    with ops.captured():
+        in_graphs = {(op, device): name for op, device, name, _ in ops.table()}
+    return [
+        {"op": op, "device": device, "chosen": name, "captured": in_graphs[op, device], "backends": why}
+        for op, device, name, why in ops.table()
+    ]
 
 
 def slug(name: str) -> str:

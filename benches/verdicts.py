@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from fastkd.ops._registry import OPS
-
 from .targets import MACHINE, Target
 
 Row = dict[str, Any]
@@ -55,6 +53,7 @@ def judge(target: Target, record: dict[str, Any] | None, threads: int | None = N
         return Verdict("not run", f"not run: {worst.reason}")
     absent = [f.reason for f in found if f.status == "not run"]
     tail = f" ({len(absent)} of {len(found)} cases not run: {absent[0]})" if absent else ""
+    tail += "".join(f" ({f.reason})" for f in found[:1] if f.reason and f.status != "not run")
     if worst.status == "short":
         tail = f" of {f'{target.least:g}x' if target.rivals else f'{100 * target.least:.0f} %'}{tail}"
         return Verdict("short", f"short: {measured}{tail}" + (f": {target.missed}" if target.missed else ""), worst.ms)
@@ -104,8 +103,11 @@ def _case(target: Target, rows: list[Row], facts: dict[str, Any]) -> _Found:
     if not timed:
         why = next((r.get("reason") or r.get("check") for r in named), None)
         return _Found("not run", reason=str(why or f"no row '{target.rivals[0]}'"), ms=own["ms"])
-    replayed = [r for r in timed if "graph_ms" in r] if target.graph and "graph_ms" in own else []
-    timed, ms = (replayed, "graph_ms") if replayed else (timed, "ms")
+    ms = "graph_ms" if target.graph else "ms"
+    if target.graph and ("graph_ms" not in own or not any("graph_ms" in r for r in timed)):
+        return _Found("not run", reason="no time from a graph", ms=own["ms"])
+    left = [str(r["provider"]) for r in timed if ms not in r]
+    timed = [r for r in timed if ms in r]
     rival = min(timed, key=lambda r: r[ms])
     theirs = rival[ms]
     if target.less:
@@ -115,7 +117,7 @@ def _case(target: Target, rows: list[Row], facts: dict[str, Any]) -> _Found:
         theirs -= base[ms]
     value = theirs / own[ms]
     met = value >= target.least or (target.even and own["p20"] <= rival["p80"])
-    return _Found("met" if met else "short", value, ms=own["ms"])
+    return _Found("met" if met else "short", value, reason=f"{', '.join(left)} not replayed" if left else "", ms=own["ms"])
 
 
 def _own(target: Target, rows: list[Row], facts: dict[str, Any]) -> Row | None:
@@ -123,12 +125,8 @@ def _own(target: Target, rows: list[Row], facts: dict[str, Any]) -> Row | None:
     if target.ours:
         return next((r for r in rows if fnmatchcase(r["provider"], target.ours)), None)
     ours = [r for r in rows if r.get("kind") == "ours" and r["provider"].startswith("ours")]
-    chosen = {o["op"]: f"ours: {o['chosen']}" for o in facts.get("ops", ()) if o["device"] == facts.get("type", "cpu")}
-    timed = {r["provider"] for r in ours if "ms" in r}
-    for op in {str(r["op"]) for r in ours if target.graph} & set(OPS):
-        order = [f"ours: {b}" for b in OPS[op].captured.get(facts.get("type", "cpu"), ())]
-        if name := next((n for n in order if n in timed), None):
-            chosen[op] = name
+    own = [o for o in facts.get("ops", ()) if o["device"] == facts.get("type", "cpu")]
+    chosen = {o["op"]: f"ours: {o.get('captured', o['chosen']) if target.graph else o['chosen']}" for o in own}
     taken = [r for r in ours if r["provider"] == chosen.get(r.get("op", ""))]
     quick = [r for r in taken or ours if "ms" in r]
     return min(quick, key=lambda r: r["ms"]) if quick else next(iter(taken or ours), None)

@@ -57,6 +57,9 @@ void* at(const char* name, uintptr_t address, size_t align, bool needed = true) 
 }
 
 void no_cuda() { throw std::runtime_error("fastkd._C was built without CUDA"); }
+void cpu_only(bool cuda) {
+  if (cuda) throw std::runtime_error("this kernel of fastkd._C runs on the CPU alone");
+}
 
 void bn_fwd(uintptr_t x, uintptr_t residual, uintptr_t scale, uintptr_t bias, uintptr_t shift, uintptr_t y, uintptr_t partial,
             uintptr_t sums, const Sizes& s, int act, double slope, int threads, bool cuda, uintptr_t stream) {
@@ -98,13 +101,13 @@ BnLossParams bn_loss(uintptr_t stats, uintptr_t target, uintptr_t average, uintp
 
 void bn_loss_fwd(uintptr_t stats, uintptr_t target, uintptr_t average, uintptr_t calls, uintptr_t offsets, uintptr_t terms,
                  uintptr_t out, int64_t c, int64_t layers, int dtype, int kind, double momentum, double first, int threads, bool cuda, uintptr_t) {
-  if (cuda) no_cuda();
+  cpu_only(cuda);
   chosen->bn_loss_fwd(bn_loss(stats, target, average, calls, offsets, 0, terms, out, c, layers, dtype, kind, momentum, first), threads);
 }
 
 void bn_loss_bwd(uintptr_t stats, uintptr_t target, uintptr_t average, uintptr_t calls, uintptr_t offsets, uintptr_t grad,
                  uintptr_t out, int64_t c, int64_t layers, int dtype, int kind, double momentum, double first, int threads, bool cuda, uintptr_t) {
-  if (cuda) no_cuda();
+  cpu_only(cuda);
   if (c * layers == 0) return;
   chosen->bn_loss_bwd(bn_loss(stats, target, average, calls, offsets, grad, 0, out, c, layers, dtype, kind, momentum, first), threads);
 }
@@ -153,13 +156,13 @@ void replay_gather(uintptr_t images, uintptr_t index, uintptr_t dy, uintptr_t dx
   const auto n = [&](size_t i) { return sizes.at(i); };  // batch, stored, height, width, channels, stride, out_height, out_width, pad
   if (n(0) * n(2) * n(3) * n(4) * n(6) * n(7) == 0) return;
   const size_t o = width(out_dtype), a = out_dtype == kFloat64 ? 8 : 4;
-  const bool bytes = in_dtype == kUInt8, table = bytes && !blended && !cuda, normal = !table && !cuda;
+  const bool bytes = in_dtype == kUInt8, table = bytes && !blended, normal = !table && !cuda;
   const auto whole = [](const char* name, uintptr_t address, bool needed = false) {
     return static_cast<const int64_t*>(at(name, address, 8, needed));
   };
   const GatherParams p{n(0), n(1), n(2), n(3), n(4), n(5), n(6), n(7), n(8), in_dtype, out_dtype, blended, last,
                        at("images", images, width(in_dtype)), whole("index", index, true), whole("dy", dy), whole("dx", dx),
-                       static_cast<const uint8_t*>(at("flip", flip, 1, false)), at("lut", lut, table ? o : a, bytes),
+                       static_cast<const uint8_t*>(at("flip", flip, 1, false)), at("lut", lut, table ? o : a, bytes && !cuda),
                        at("mean", mean, a, normal), at("std", std_, a, normal), whole("y", y, blended), whole("x", x, y != 0),
                        at("wy", wy, a, blended), at("wx", wx, a, blended), at("out", out, o)};
   if (!cuda) return chosen->replay_gather(p, threads);
@@ -254,7 +257,7 @@ void bn_act_bwd(uintptr_t gy, uintptr_t x, uintptr_t stats, uintptr_t bias, uint
 
 void upsample_act_fwd(uintptr_t x, uintptr_t scale, uintptr_t bias, uintptr_t y, int64_t n, int64_t c, int64_t h, int64_t w, int dtype,
                       int layout, int act, int threads, bool cuda, uintptr_t) {
-  if (cuda) no_cuda();
+  cpu_only(cuda);
   if (n * c * h * w == 0) return;
   const size_t e = width(dtype), a = dtype == kFloat64 ? 8 : 4;
   chosen->upsample_act_fwd({n, c, h, w, dtype, layout, act, at("x", x, e), at("scale", scale, a, false), at("bias", bias, a, false),
@@ -263,7 +266,7 @@ void upsample_act_fwd(uintptr_t x, uintptr_t scale, uintptr_t bias, uintptr_t y,
 
 void upsample_act_bwd(uintptr_t gy, uintptr_t y, uintptr_t scale, uintptr_t dx, int64_t n, int64_t c, int64_t h, int64_t w, int dtype,
                       int layout, int act, int threads, bool cuda, uintptr_t) {
-  if (cuda) no_cuda();
+  cpu_only(cuda);
   if (n * c * h * w == 0) return;
   const size_t e = width(dtype), a = dtype == kFloat64 ? 8 : 4;
   chosen->upsample_act_bwd({n, c, h, w, dtype, layout, act, at("gy", gy, e), at("y", y, e), at("scale", scale, a, false),

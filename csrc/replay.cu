@@ -32,6 +32,16 @@ template <int kC, bool kLast, int V> __device__ Line line_of(const GatherParams&
   return made;
 }
 
+// A byte over 255 as torch divides by a number on this device: on a GPU it multiplies by the reciprocal.
+template <class A> __device__ A scaled(int byte) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(A) == 8) return __dmul_rn(double(byte), 1.0 / 255);
+  else return __fmul_rn(float(byte), 1.0f / 255);
+#else
+  return A(byte) / A(255);
+#endif
+}
+
 // (v - mean) / std, each step rounded, as the definition does it; v itself where both are null.
 template <class A> __device__ A normalised(const GatherParams& p, A v, int c) {
   if (p.mean) v = v - static_cast<const A*>(p.mean)[c];
@@ -61,13 +71,13 @@ __global__ void __launch_bounds__(kThreads, kPerSM) replay_bytes_kernel(const Ga
   __shared__ bool looked_up;
   static_assert(kThreads == 256, "a thread is a byte");
   const int own = threadIdx.x;
-  const bool known = sizeof(Out) == 2 && p.mean && p.std;
-  const auto byte = static_cast<const typename Acc<Out>::type*>(p.lut)[own];
+  constexpr bool kShort = sizeof(Out) == 2;
+  const auto byte = scaled<typename Acc<Out>::type>(own);
   for (int c = 0; c < kC; ++c) store(lut[c * 256 + own], normalised(p, byte, c));
   if (own < kC) {
-    mean[own] = known ? static_cast<const float*>(p.mean)[own] : 0;
-    rate[own] = known ? 1 / static_cast<const float*>(p.std)[own] : 0;
-    looked_up = !known;
+    mean[own] = kShort && p.mean ? static_cast<const float*>(p.mean)[own] : 0;
+    rate[own] = kShort && p.std ? 1 / static_cast<const float*>(p.std)[own] : 1;
+    looked_up = !kShort;
   }
   __syncthreads();
   if constexpr (sizeof(Out) == 2) {
@@ -129,7 +139,7 @@ template <class In, class Out> struct Gather {
 
   __device__ static A value(const GatherParams& p, const In* row, int q, int c) {
     const In v = row && q >= 0 && q < p.width ? row[int64_t(q) * p.channels + c] : In(0.0f);
-    if constexpr (kBytes) return static_cast<const A*>(p.lut)[v];
+    if constexpr (kBytes) return scaled<A>(v);
     else return A(load(v));
   }
 };
@@ -156,7 +166,7 @@ template <class In, class Out> __global__ void replay_gather_kernel(const Gather
       const int q = (flip ? last - x : x) + right;
       if (!p.blended) {
         const In v = r0 && q >= 0 && q <= last ? r0[int64_t(q) * channels + c] : In(0.0f);
-        if constexpr (G::kBytes) store(out[t], normalised(p, static_cast<const A*>(p.lut)[v], c));
+        if constexpr (G::kBytes) store(out[t], normalised(p, scaled<A>(v), c));
         else store(out[t], normalised(p, A(load(v)), c));
         continue;
       }

@@ -14,7 +14,7 @@ struct GatherParams {
   const int64_t* dx;     // [batch] or null
   const uint8_t* flip;   // [batch] or null
   // Small values are float, double for a double output.
-  const void* lut;       // bytes: [256], the float of each; CPU, not blended: [channels, 256] in out_dtype, its result; else null
+  const void* lut;       // CPU, bytes: [channels, 256] in out_dtype, what each becomes; blended: [256], its float; else null
   const void* mean;      // [channels]; GPU: or null, nothing is taken off. Not read where the lut has results
   const void* std;       // [channels]; GPU: or null, nothing is divided by
   const int64_t* y;      // [out_height] rows to sample, or null: nothing is resized

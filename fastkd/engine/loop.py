@@ -34,7 +34,7 @@ SKIPS_ALLOWED = 0.5
 
 def prepare(method: Method, given: Given, *, global_bn: bool = True) -> None:
     """Bind, check, build and seal a method. Its GPU becomes the current one: streams, events and graphs are made there."""
-    if given.device.index is not None:  # "cuda" is the current one already
+    if given.device.type == "cuda" and given.device.index is not None:  # "cuda" is the current one already
         torch.cuda.set_device(given.device)
     method.bind(given)
     method.check()

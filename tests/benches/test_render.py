@@ -42,6 +42,12 @@ def test_a_device_with_records(tmp_path: Path):
     assert "10.00x" in page and "1 (cpp)" in page and "revision abc" in page
 
 
+def test_a_record_that_was_cut_off(tmp_path: Path):
+    left = {"op": "frozen_bn_act_stats", "case": "another", "provider": "this case and those after it", "reason": "no time was left"}
+    put(tmp_path / "cpu", record([row("hooks", 10.0, "eager", x_eager=1), row("ours: cpp", 1.0, x_eager=10.0), left]))
+    assert "| 10.00x |" in render.page(tmp_path)
+
+
 def test_kernels_stand_beside_their_twins_without_launches(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     rows = [
         row("hooks", 10.0, "eager", x_eager=1.0, graph_ms=8.0),

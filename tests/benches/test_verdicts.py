@@ -36,6 +36,18 @@ def test_the_backend_that_the_op_takes_by_itself_is_held_to_it():
     assert status(EAGER, *rows) == ("short", "short: 2.00x of 5x")
 
 
+def test_replayed_is_judged_by_graphs_alone():
+    target = Target("a row", "compile", "bn_match", {"case": "BN layers*"}, 1.2, ("compile*",), graph=True)
+    taken = [{"op": "frozen_bn_act_stats", "device": "cpu", "chosen": "cpp", "captured": "triton", "backends": {}}]
+    other = row("compile(a)", 1.0, "compile")
+    rows = [row("ours: cpp", 1.0, graph_ms=9.0), row("ours: triton", 2.0, graph_ms=1.0), other]
+    assert status(target, *rows, ops=taken) == ("not run", "not run: no time from a graph")
+    rows.append(row("compile(b)", 5.0, "compile", graph_ms=2.0))
+    assert status(target, *rows, ops=taken) == ("met", "met: 2.00x (compile(a) not replayed)")
+    other["graph_ms"] = 1.1
+    assert status(target, *rows, ops=taken) == ("short", "short: 1.10x of 1.2x")
+
+
 def test_not_run_says_why():
     assert judge(EAGER, None).text == "not run: no record of the bench bn_match"
     assert status(EAGER)[1] == "not run: the bench bn_match has no such row"

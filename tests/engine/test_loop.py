@@ -308,3 +308,8 @@ def test_progress_tells_steps_and_images():
     polls = [e for e in told if e["kind"] == "poll"]
     assert polls and all(e["steps_per_second"] > 0 and e["steps"] == polls[0]["steps"] for e in polls)
     assert polls[-1]["images_per_second"] > 0 and polls[-1]["terms"]() is not None
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_a_cpu_may_have_a_number(device):
+    assert small.run(small.prepared("noise", device=device)) == 0

@@ -63,12 +63,13 @@ def test_fold_is_not_the_unflipped_kernel():
 )
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize(("fold", "size"), [(fold_kernel, 3), (ops.fold_stem, 7)], ids=["kernel", "stem"])
-def test_a_fold_is_a_pooling(monkeypatch, device, memory, fold, size):
+@pytest.mark.parametrize("cin", [6, 1])
+def test_a_fold_is_a_pooling(monkeypatch, device, memory, fold, size, cin):
     seed, found = None, []
     for pooled in (False, True):
         monkeypatch.setattr(reference, "_pooled", lambda weight, pooled=pooled: pooled)
-        weight = torch.randn(5, 6, size, size, generator=torch.Generator().manual_seed(1)).to(device)
-        weight = weight.contiguous(memory_format=memory).requires_grad_()
+        weight = torch.randn(5, cin, size, size, generator=torch.Generator().manual_seed(1))
+        weight = weight.to(device, memory_format=memory).requires_grad_()  # `contiguous` leaves one channel as it is
         folded = fold(weight)
         seed = torch.randn(folded.shape, device=device) if seed is None else seed
         found.append((folded, *torch.autograd.grad(folded, weight, seed)))

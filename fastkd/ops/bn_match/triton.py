@@ -285,7 +285,7 @@ def _bn_loss_fwd_kernel(
         if KL:
             total += weight * tl.sum(a, 1)
         else:
-            total += weight * (tl.sqrt(tl.sum(a, 1)) + tl.sqrt(tl.sum(b, 1)))
+            total += weight * (tl.sqrt_rn(tl.sum(a, 1)) + tl.sqrt_rn(tl.sum(b, 1)))
     tl.store(out_ptr, tl.sum(total, 0))
 
 
@@ -314,7 +314,7 @@ def _bn_loss_bwd_kernel(
             e -= tl.load(target_ptr + c + at, mask=m, other=0.0)
             a += d * d
             b += e * e
-        mean_norm, var_norm = tl.sqrt(tl.sum(a, 0)), tl.sqrt(tl.sum(b, 0))
+        mean_norm, var_norm = tl.sqrt_rn(tl.sum(a, 0)), tl.sqrt_rn(tl.sum(b, 0))
         mean_by = tl.where(mean_norm == 0.0, 0.0, by / tl.where(mean_norm == 0.0, 1.0, mean_norm))
         var_by = tl.where(var_norm == 0.0, 0.0, by / tl.where(var_norm == 0.0, 1.0, var_norm))
     for start in range(begin, end, BLOCK):

@@ -9,7 +9,7 @@ from .values import Values
 
 
 def looks_up(images: Tensor) -> bool:
-    """Whether results of bytes come from a table of them (`values.Values`)."""
+    """Whether bytes are looked up in tables (`values.Values`)."""
     return images.device.type == "cpu"
 
 

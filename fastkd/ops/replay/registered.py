@@ -32,8 +32,8 @@ def _gather(
         two = None if size is None else (size[0], size[1])
         return replay_gather_ref(images, index, dy, dx, flip, pad, mean, std, two, mode, channels_last, dtype)
     out = _like(images, index, dy, dx, flip, pad, mean, std, size, mode, channels_last, dtype)
-    tables = values(images, mean, std, size, mode, dtype, whole=found.looks_up(images))
-    found.replay_gather(images, index, (dy, dx, flip), pad, tables, out, channels_last)
+    given = values(images, mean, std, size, mode, dtype, tables=found.looks_up(images))
+    found.replay_gather(images, index, (dy, dx, flip), pad, given, out, channels_last)
     return out
 
 

@@ -28,15 +28,20 @@ def _fold(w: Tensor, dim: int) -> Tensor:
 
 def _pooled(weight: Tensor) -> bool:
     """Whether sums of neighbouring taps are a pooling: on a GPU one kernel in place of some ten, whose launches took longer than the
-    convolution of a small map. A compiler makes one kernel of the sums itself. What is pooled lies in NCHW: for channels_last weights
-    torch 2.11's gradient of overlapping windows is wrong on a GPU."""
-    return weight.device.type != "cpu" and not torch.compiler.is_compiling()
+    convolution of a small map. A compiler makes one kernel of the sums itself."""
+    return weight.device.type != "cpu" and weight.numel() > 0 and not torch.compiler.is_compiling()
+
+
+def _pool(weight: Tensor, stride: int) -> Tensor:
+    """Sums of 2x2 taps, one tap of zeros around. Of a view without batch, which knows no channels_last: there torch's gradient of a
+    pooling with padding is wrong on GPUs (pytorch #188344)."""
+    return F.avg_pool2d(weight.flatten(0, 1), 2, stride, 1, divisor_override=1).unflatten(0, weight.shape[:2])
 
 
 def fold_kernel(weight: Tensor) -> Tensor:
     """[Cout, Cin, 3, 3] → [Cin, Cout, 4, 4]; the sums run in at least fp32 and are rounded once."""
     if _pooled(weight):
-        return F.avg_pool2d(weight.contiguous(), 2, 1, 1, divisor_override=1).flip(2, 3).transpose(0, 1)
+        return _pool(weight, 1).flip(2, 3).transpose(0, 1)
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     return _fold(_fold(wide, 2), 3).transpose(0, 1).to(weight.dtype)
 
@@ -66,7 +71,7 @@ def _fold_seven(w: Tensor, dim: int) -> Tensor:
 def fold_stem(weight: Tensor) -> Tensor:
     """[Cout, Cin, 7, 7] → [Cout, Cin, 4, 4]: see the public function."""
     if _pooled(weight):
-        return F.avg_pool2d(weight.contiguous(), 2, 2, 1, divisor_override=1)
+        return _pool(weight, 2)
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     return _fold_seven(_fold_seven(wide, 2), 3).to(weight.dtype)
 

@@ -18,7 +18,8 @@ from .native import channels_last, doubled, halved
 _PLANE = {"BLOCK": 1024, "TIMES": 1, "num_warps": 4}
 _IMAGE = {"BLOCK": 128, "TIMES": 4, "num_warps": 4}
 """How much a program takes of a plane in NCHW, and of an image in channels_last: there a block is an element a thread, since
-neighbouring threads must write neighbouring pixels, and a program takes several."""
+neighbouring threads must write neighbouring pixels, and a program takes several. With a multiple of four channels a thread's own
+elements lie side by side, as in a plane."""
 
 
 @triton.jit
@@ -108,14 +109,15 @@ def _bwd_kernel(
 
 
 def _plan(small: Tensor, large: Tensor) -> tuple[tuple[int], dict[str, int]]:
-    """The grid, and what the kernels are told of the sizes."""
+    """The grid, and what the kernels are told of the sizes: each size of an image is compiled once."""
     n, c, h, w = small.shape
     inner = c if channels_last(large) else 1
-    planes, elements, part = (n, c * h * w, _IMAGE) if inner > 1 else (n * c, h * w, _PLANE)
+    planes, elements, part = (n, c * h * w, _IMAGE if c % 4 else _PLANE) if inner > 1 else (n * c, h * w, _PLANE)
     block = min(part["BLOCK"], triton.next_power_of_2(elements))
     blocks = triton.cdiv(elements, block * part["TIMES"])
     wide = 4 * (elements + block * part["TIMES"]) >= 2**31
-    return (planes * blocks,), {**part, "blocks": blocks, "channels": c, "C": inner, "H": h, "W": w, "BLOCK": block, "WIDE": wide}
+    own = {"blocks": blocks, "channels": c, "C": inner, "H": h, "W": w, "BLOCK": block, "WIDE": wide}
+    return (planes * blocks,), {**part, **own, "num_warps": max(1, min(part["num_warps"], block // 32))}
 
 
 def fwd(x: Tensor, scale: Tensor | None, bias: Tensor | None, act: str) -> Tensor:

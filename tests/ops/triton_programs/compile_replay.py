@@ -21,10 +21,9 @@ for architecture, leaf, store, wide, out in ((80, "*fp32", "*u8", "fp32", "*bf16
     for resized, blended in ((False, False), (True, False), (True, True)):
         floats = dict.fromkeys(("mean_ptr", "std_ptr", "wy_ptr", "wx_ptr"), "*" + wide)
         types = {**long, **floats, "images_ptr": store, "flip_ptr": "*u8", "out_ptr": out}
-        types["lut_ptr"] = "*" + wide if store == "*u8" else "*i64"
         # a size of 1 is a constant for Triton
         one = {"out_height": 1} if blended else {}
-        flags = dict.fromkeys(("HAS_DY", "HAS_DX", "HAS_FLIP", "RESIZED"), resized)
+        flags = dict.fromkeys(("HAS_DY", "HAS_DX", "HAS_FLIP", "RESIZED", "DIVIDED"), resized)
         flags |= dict.fromkeys(("HAS_MEAN", "HAS_STD", "LONG", "BLENDED", "LAST"), blended)
         job(gather._gather_kernel, None, architecture, types, **flags, **one, BYTES=store == "*u8",
               WIDE=getattr(tl, "float" + wide[2:]), BLOCK=1024)
