@@ -21,6 +21,9 @@ from tests import small
 from tests.recorder import NoHostRead, OwnDraws, Recording
 
 each = pytest.mark.parametrize("variant", small.VARIANTS, ids=small.ident)
+OTHERS_SLOW = [pytest.param(v, id=small.ident(v), marks=[pytest.mark.slow] * bool(v[1])) for v in small.VARIANTS]
+plain = pytest.mark.parametrize("variant", OTHERS_SLOW)
+"""Of each method the usual form; its others are slow tests."""
 
 
 def bits(method):
@@ -85,7 +88,7 @@ def test_walking_an_epoch_changes_nothing(variant):
     )
 
 
-@each
+@plain
 def test_killed_at_random_steps_and_resumed_is_bit_identical(variant, tmp_path):
     whole = small.prepared(*variant)
     total = sum(1 for e in range(whole.epochs) for _ in steps(whole, e))
@@ -154,7 +157,7 @@ def test_arguments_select_a_variant_and_are_not_data(variant):
     assert len(variants[8]) <= len(variants[4]), f"a longer run has more variants: {sorted(variants[8] - variants[4], key=str)}"
 
 
-@pytest.mark.parametrize("variant", [pytest.param(v, id=small.ident(v), marks=[pytest.mark.slow] * bool(v[1])) for v in small.VARIANTS])
+@plain
 def test_it_walks_on_tensors_without_values(variant):
     method = small.small(*variant)
     given = small.given_to(method, dense=bool(variant[1].get("dense")))

@@ -23,7 +23,10 @@ what it becomes on one rank when each number that it starts from is moved by one
 elsewhere. What magnifies is Adam, which divides a gradient that is 0 but for rounding, such as that of a bias in front of a BatchNorm
 (`Em.conv1.bias`), by eps = 1e-8: with 1e-5 the runs of pre, mad, cde and dfad stay below 1e-11. In dfq, lra and ssd it is the gradient
 of a BatchNorm network's input, over some steps."""
-RANKED = [*small.VARIANTS, ("muse", {"r": 17.0})]  # a radius between the two ranks' own means: a hinge taken before the mean would show
+RARE = [v for v in small.VARIANTS if v[1]]
+"""Slow tests: the methods' other forms."""
+RANKED = [*(v for v in small.VARIANTS if not v[1]), ("muse", {"r": 17.0})]
+"""The usual forms, and a radius between the two ranks' own means: a hinge taken before the mean would show."""
 SINGLE = {"vanilla_kd": 1e-5, "noise": 1e-5, "fast": 1e-3}
 """In fp32, methods and what the student is held to. Where images are made, a rounding moves a pixel to the next of 255 levels now and then,
 and what is learnt from it with it; how far that goes on is the method's: MUSE's choice of the best images may be another."""
@@ -34,9 +37,11 @@ OWN: tuple[str, dict[str, Any]] = ("fast", {})
 Job = tuple[str, tuple[str, dict[str, Any]], torch.dtype, bool]
 
 
-def jobs(world: int) -> list[Job]:
+def jobs(world: int, rare: bool) -> list[Job]:
     """(tag, variant, dtype, BatchNorm over the global batch) of what is run on so many ranks."""
     found: list[Job] = []
+    if rare:
+        return [("fp64", v, torch.float64, True) for v in RARE]
     if world < 3:
         found += [("fp64", v, torch.float64, True) for v in RANKED] + [("fp32", (n, {}), torch.float32, True) for n in SINGLE]
     if world == 2:
@@ -46,12 +51,12 @@ def jobs(world: int) -> list[Job]:
     return found
 
 
-def worker(rank: int, world: int, folder: str) -> None:
+def worker(rank: int, world: int, folder: str, rare: bool) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store-{world}", rank=rank, world_size=world)
-    for tag, variant, dtype, global_bn in jobs(world):
+    for tag, variant, dtype, global_bn in jobs(world, rare):
         torch.set_default_dtype(dtype)
         found = walked(variant, global_bn=global_bn)
         if rank == 0 or tag == "own":
@@ -94,11 +99,20 @@ def worst(apart: dict[str, float], prefix: str = "") -> tuple[float, str]:
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Reads the state at the end of a job: all of them were run on one, two and three ranks, in six processes."""
-    folder = str(tmp_path_factory.mktemp("ranks"))
-    one = mp.get_context("spawn").Process(target=worker, args=(0, 1, folder))
+    return ran(str(tmp_path_factory.mktemp("ranks")), (2, 3), rare=False)
+
+
+@pytest.fixture(scope="module")
+def rarely(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The same of the methods' other forms, on one rank and on two."""
+    return ran(str(tmp_path_factory.mktemp("ranks")), (2,), rare=True)
+
+
+def ran(folder: str, worlds: tuple[int, ...], *, rare: bool) -> Any:
+    one = mp.get_context("spawn").Process(target=worker, args=(0, 1, folder, rare))
     one.start()
-    for world in (2, 3):
-        mp.spawn(worker, (world, folder), nprocs=world)
+    for world in worlds:
+        mp.spawn(worker, (world, folder, rare), nprocs=world)
     one.join()
     assert one.exitcode == 0
     return lambda *job: torch.load(f"{folder}/{file(*job)}", weights_only=True)
@@ -106,6 +120,16 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize("variant", RANKED, ids=small.ident)
 def test_two_ranks_equal_one(variant, ended, fp64):
+    equal(variant, ended)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", RARE, ids=small.ident)
+def test_two_ranks_equal_one_in_other_forms(variant, rarely, fp64):
+    equal(variant, rarely)
+
+
+def equal(variant: tuple[str, dict[str, Any]], ended: Any) -> None:
     one = ended("fp64", 1, variant)
     apart = far(one, ended("fp64", 2, variant))
     assert worst(apart, "student.")[0] < 1e-9 and worst(apart)[0] < 1e-7, (worst(apart, "student."), worst(apart))
