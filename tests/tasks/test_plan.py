@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,9 +66,25 @@ def test_memory_is_within_a_tenth_of_what_a_real_run_measures(recipe, method, tm
 SHARED = {"memory": {"images": "sharded"}, "device": "cpu"}
 
 
+def freed_here(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """A collective that returns when gloo's thread has let its tensors go: what that thread frees, the profiler of this one never sees."""
+
+    def call(*args: Any, **more: Any) -> Any:
+        tensors = [t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor)]
+        before = [t._use_count() for t in tensors]
+        done, ends = collective(*args, **more), time.monotonic() + 10
+        while any(t._use_count() > n for t, n in zip(tensors, before, strict=True)) and time.monotonic() < ends:
+            time.sleep(0)
+        return done
+
+    return call
+
+
 def one_of_two(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for name in ("all_reduce", "all_gather"):
+        setattr(dist, name, freed_here(getattr(dist, name)))
     with probe.Peak(torch.device("cpu")) as measured:
         job = assemble.make_job(config.resolve("fast-digits", {**SHARED, "method": SHORT}))
         assert assemble.execute(job, Path(folder) / "run", resume="no", listeners=[]).code == 0
@@ -74,15 +93,10 @@ def one_of_two(rank: int, folder: str) -> None:
 
 
 def test_memory_of_a_rank_of_two_is_within_a_tenth_of_what_real_ranks_measure(tmp_path):
-    """Now and then, on a busy machine more often, a pair of ranks holds a seventh more: with the timing, what changes is not known. The
-    least of three pairs is held to the tenth, all to a quarter."""
-    planned, measured = plan(config.resolve("fast-digits", {**SHARED, "method": SHORT}), 2)["memory"]["rank"], []
-    while len(measured) < 3 and (not measured or min(measured) > 1.1 * planned):
-        folder = tmp_path / str(len(measured))
-        folder.mkdir()
-        mp.spawn(one_of_two, (str(folder),), nprocs=2)
-        measured.append(max(int((folder / f"rank-{rank}").read_text()) for rank in range(2)))
-    assert planned == pytest.approx(min(measured), rel=0.1) and max(measured) < 1.25 * planned
+    planned = plan(config.resolve("fast-digits", {**SHARED, "method": SHORT}), 2)
+    mp.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    measured = [int((tmp_path / f"rank-{rank}").read_text()) for rank in range(2)]
+    assert planned["memory"]["rank"] == pytest.approx(max(measured), rel=0.1)
 
 
 def test_hours_are_those_of_its_steps_and_nothing_is_written(tmp_path, monkeypatch):
