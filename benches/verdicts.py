@@ -53,7 +53,7 @@ def judge(target: Target, record: dict[str, Any] | None, threads: int | None = N
         return Verdict("not run", f"not run: {worst.reason}")
     absent = [f.reason for f in found if f.status == "not run"]
     tail = f" ({len(absent)} of {len(found)} cases not run: {absent[0]})" if absent else ""
-    tail += "".join(f" ({f.reason})" for f in found[:1] if f.reason and f.status != "not run")
+    tail += "".join(f" ({reason})" for reason in dict.fromkeys(f.reason for f in found if f.reason and f.status in ("met", "short")))
     if worst.status == "short":
         tail = f" of {f'{target.least:g}x' if target.rivals else f'{100 * target.least:.0f} %'}{tail}"
         return Verdict("short", f"short: {measured}{tail}" + (f": {target.missed}" if target.missed else ""), worst.ms)

@@ -2,7 +2,7 @@
 
 A program takes a block of one plane of the small image in memory order (NCHW: a channel of an image; channels_last: an image) and
 writes each element four times; backward reads four and writes one. Places within a plane of less than 2^31 elements are 32 bits wide,
-and the sizes are constants of the program: dividing 64-bit numbers by unknown ones took longer than the memory. In NCHW both copies of
+and the sizes are constants of the program, so that no number of 64 bits is divided and none by an unknown one. In NCHW both copies of
 a row leave in one wide store. Kernels load, cast to fp32, compute, cast on store. The address of a plane is int64; grids use x only.
 """
 
